@@ -1,0 +1,1 @@
+"""Lexmill: from text to a small, fast, monitored language service on the hardware people own."""

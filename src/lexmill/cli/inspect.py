@@ -1,0 +1,39 @@
+"""`lexmill show` and `verify`: looking at an artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexmill.cli import output
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(show)
+    app.command()(verify)
+
+
+def show(
+    artifact: Annotated[Path, typer.Argument(help="An artefact.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Print what an artefact is, was made from and can do."""
+    from lexmill.artifact import Artifact, describe
+
+    opened = Artifact.open(artifact)
+    output.show(opened.manifest.to_dict() if json else describe(opened), json=json)
+
+
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="An artefact.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Check number by number that what was trained is what is stored and served."""
+    from lexmill.verify import verify
+
+    found = verify(artifact)
+    output.show(found.to_dict() if json else found.lines(), json=json)
+    if not found.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,42 @@
+"""What verbs print: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json as codec
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lexmill.fit import Watch
+
+
+def show(content: Mapping[str, Any] | Sequence[str], *, json: bool) -> None:
+    """Print a result: an object as JSON, or lines for people."""
+    if json:
+        print(codec.dumps(content, ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(content))
+
+
+def watch(*, quiet: bool) -> Watch:
+    """How a person follows a run: notes and a progress bar on standard error, or nothing."""
+    from lexmill.fit import Watch
+    from lexmill.monitor import ProgressSink
+
+    if quiet:
+        return Watch()
+    return Watch(note=lambda line: print(line, file=sys.stderr, flush=True), sinks=[ProgressSink()])
+
+
+@contextmanager
+def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A count of rows done, on standard error, where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield lambda done: status.update(f"{what}: {done:,} rows")

@@ -1,0 +1,69 @@
+"""`lexmill evaluate`, `predict` and `serve`: asking a model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexmill.cli import output
+
+
+def add_to(app: typer.Typer) -> None:
+    for verb in (evaluate, predict, serve):
+        app.command()(verb)
+
+
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="An artefact.")],
+    data: Annotated[Path, typer.Argument(help="Labelled rows.")],
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Score a model on labelled data, with confidence intervals."""
+    from lexmill.data import open_source
+    from lexmill.engine import open_engine
+    from lexmill.evaluate import evaluate, summary_lines
+
+    source = open_source(data, encoding=encoding, skip_bad=skip_bad)
+    engine = open_engine(artifact)
+    with output.counter("evaluating", quiet=quiet or json) as progress:
+        found = evaluate(engine, (row.values for row in source), progress=progress)
+    if report is not None:
+        from lexmill.evaluate.report import Report, write_report
+
+        summary = {"artefact": str(artifact), "data": str(data), "rows": f"{found.rows:,}"}
+        write_report(report, Report(f"{artifact.name} on {data.name}", summary, [], found.metrics, None))
+    output.show(found.to_dict() if json else summary_lines(found), json=json)
+
+
+def predict(
+    artifact: Annotated[Path, typer.Argument(help="An artefact.")],
+    data: Annotated[str, typer.Argument(help="Rows, or - for standard input: JSON lines, or one text a line.")] = "-",
+    out: Annotated[Path | None, typer.Option(help="Write here in place of standard output; must not exist.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text column; the one of training otherwise.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="The second text's column, for pairs.")] = None,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
+) -> None:
+    """Answer every row, one JSON object a line, as a stream."""
+    from lexmill.cli.predict import predict
+
+    predict(artifact, data, out, {"text": text, "text_pair": text_pair}, encoding=encoding, skip_bad=skip_bad)
+
+
+def serve(
+    artifacts: Annotated[list[Path], typer.Argument(help="One or more artefacts.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8100,
+) -> None:
+    """Serve models over HTTP: POST /v1/classify, /health, /ready, /metrics, /docs."""
+    from lexmill.serve import serve
+
+    print("loading", ", ".join(map(str, artifacts)), file=sys.stderr)
+    serve(artifacts, host=host, port=port)

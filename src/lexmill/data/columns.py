@@ -1,0 +1,152 @@
+"""Which column of the data plays which role, given by the user or guessed, and why."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lexmill.data.sources import Row
+from lexmill.errors import UserError
+
+PAIRS = (("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+         ("text", "text_pair"), ("query", "passage"))  # fmt: skip
+"""Names of columns that together hold a pair of texts, likeliest first."""
+TEXTS = ("text", "sentence", "question", "utterance", "query", "review", "content", "comment", "message", "body",
+         "description", "document", "tweet", "title", "headline",
+         "文本", "内容", "句子", "问题", "评论", "标题")  # fmt: skip
+"""Names of columns that hold a text, likeliest first."""
+LABELS = ("label", "labels", "intent", "category", "class", "target", "sentiment", "topic", "emotion", "tag", "tags",
+          "rating", "标签", "类别", "分类", "意图", "情感")  # fmt: skip
+"""Names of columns that hold a label, likeliest first."""
+_MAX_LABEL_CHARS = 60
+
+
+@dataclass(frozen=True)
+class Columns(Mapping[str, str]):
+    """A mapping of role (`text`, `text_pair`, `label`) to column. Several label columns have roles `label.COLUMN`.
+
+    Args:
+        roles: the mapping.
+        how: per role, how its column was found, for people.
+        multi_label: whether the label columns hold lists of labels.
+    """
+
+    roles: Mapping[str, str]
+    how: Mapping[str, str]
+    multi_label: bool = False
+
+    def __getitem__(self, role: str) -> str:
+        return self.roles[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.roles)
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns that make up the text: one, or two for pairs."""
+        return tuple(self.roles[role] for role in ("text", "text_pair") if role in self.roles)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label columns; none where the data has no labels."""
+        return tuple(column for role, column in self.roles.items() if role == "label" or role.startswith("label."))
+
+    def lines(self) -> list[str]:
+        """For people: a line a role."""
+        return [f"{role}: column '{column}' ({self.how[role]})" for role, column in self.roles.items()]
+
+
+def guess(seen: Sequence[str], rows: Sequence[Row], given: Mapping[str, str | Sequence[str]] | None = None) -> Columns:
+    """Find the columns by what the user gave, then by their names, then by the shape of their values.
+
+    Args:
+        seen: the columns of the data.
+        rows: the first rows.
+        given: columns by role, as the user named them; `label` may name several.
+
+    Raises:
+        UserError: a given column does not exist, or no column looks like text.
+    """
+    roles: dict[str, str] = {}
+    how: dict[str, str] = {}
+
+    def take(role: str, column: str, why: str) -> None:
+        roles[role] = column
+        how[role] = why
+
+    for role, names in (given or {}).items():
+        several = [names] if isinstance(names, str) else list(names)
+        for name in several:
+            take(role if len(several) == 1 else f"{role}.{name}", _known(name, role, seen), "given")
+    free = [name for name in seen if name not in roles.values()]
+    columns = {name: [row.values[name] for row in rows if row.values.get(name) is not None] for name in free}
+    stringy = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
+    if "text" not in roles:
+        _find_text(stringy, columns, take, pairs="text_pair" not in roles)
+    labelled = any(role.partition(".")[0] == "label" for role in roles)
+    if not labelled:
+        _find_label([name for name in free if name not in roles.values()], columns, take, len(rows))
+    if "text" not in roles:
+        hint = f"name it with --text; the columns are: {', '.join(seen)}"
+        raise UserError("no column looks like text", where="columns", hint=hint)
+    chosen = [column for role, column in roles.items() if role.partition(".")[0] == "label"]
+    multi = any(isinstance(row.values.get(column), list) for row in rows for column in chosen)
+    return Columns(roles, how, multi)
+
+
+def _known(name: str, role: str, seen: Sequence[str]) -> str:
+    if name in seen:
+        return name
+    close = difflib.get_close_matches(name, seen, n=1)
+    did = f"did you mean '{close[0]}'? " if close else ""
+    hint = f"{did}the columns are: {', '.join(seen)}"
+    raise UserError(f"there is no column '{name}'", where=f"--{role.replace('_', '-')}", hint=hint)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _find_text(stringy: Sequence[str], columns: Mapping[str, list[Any]], take: Any, *, pairs: bool) -> None:
+    by_name = {_plain(name): name for name in reversed(stringy)}
+    for first, second in PAIRS if pairs else ():
+        if first in by_name and second in by_name:
+            take("text", by_name[first], "by name")
+            take("text_pair", by_name[second], "by name")
+            return
+    named = next((by_name[name] for name in TEXTS if name in by_name), None)
+    if named is not None:
+        take("text", named, "by name")
+        return
+    candidates = [name for name in stringy if _plain(name) not in LABELS]
+    if candidates:
+        take("text", max(candidates, key=lambda name: _mean_chars(columns[name])), "its texts are the longest")
+
+
+def _find_label(free: Sequence[str], columns: Mapping[str, list[Any]], take: Any, num_rows: int) -> None:
+    by_name = {_plain(name): name for name in reversed(free)}
+    named = next((by_name[name] for name in LABELS if name in by_name), None)
+    if named is not None:
+        take("label", named, "by name")
+        return
+    few = {name: len(set(map(str, columns[name]))) for name in free if _label_like(columns[name])}
+    few = {name: distinct for name, distinct in few.items() if 1 < distinct <= max(2, num_rows // 2)}
+    if few:
+        name = min(few, key=lambda name: few[name])
+        take("label", name, f"it has {few[name]} distinct values in the first {num_rows} rows")
+
+
+def _label_like(values: Sequence[Any]) -> bool:
+    return bool(values) and all(
+        isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= _MAX_LABEL_CHARS)
+        for value in values
+    )
+
+
+def _mean_chars(values: Sequence[str]) -> float:
+    return sum(map(len, values)) / len(values)

@@ -1,0 +1,36 @@
+"""Runtimes that answer requests: what they share is `Engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lexmill.engine.base import Cancelled, Engine, Expired, Overloaded, Request, Work
+from lexmill.engine.batcher import Batcher
+from lexmill.engine.loaded import Loaded, load
+from lexmill.engine.torch_engine import TorchEngine
+from lexmill.errors import UserError
+
+__all__ = [
+    "Batcher",
+    "Cancelled",
+    "Engine",
+    "Expired",
+    "Loaded",
+    "Overloaded",
+    "Request",
+    "TorchEngine",
+    "Work",
+    "load",
+    "open_engine",
+]
+
+RUNTIMES = {"torch": TorchEngine}
+
+
+def open_engine(path: Path | str, runtime: str = "torch", **options: Any) -> TorchEngine:
+    """The engine of this runtime for an artefact; `options` are the runtime's own. Raises `UserError` where the
+    runtime is unknown or the artefact cannot be read."""
+    if runtime not in RUNTIMES:
+        raise UserError(f"unknown runtime '{runtime}'", hint=f"known runtimes: {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime](path, **options)

@@ -1,0 +1,162 @@
+"""Runs requests in torch: sorted by length, packed without padding, cut by a token budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lexmill.artifact import Artifact
+from lexmill.data.batch import Example, collate
+from lexmill.engine.base import Cancelled, Expired, Request, Work
+from lexmill.engine.loaded import Loaded, load
+from lexmill.errors import UserError
+from lexmill.tasks.base import Record, Task
+
+CPU_TOKEN_BUDGET = 2048
+"""Best of 256 to 8192 for MiniLM on two cores: beyond it activations leave the cache, below it matrices get small."""
+GPU_TOKEN_BUDGET = 32_768
+CHUNK = 1024
+
+T = TypeVar("T")
+
+
+class TorchEngine:
+    """An `Engine` on torch for one artefact.
+
+    Args:
+        source: an artefact, its path, or what training has in memory (which is set to evaluation mode).
+        device: where the model runs, e.g. `cpu` or `cuda:0`.
+        token_budget: most tokens of one forward pass; an item longer than that runs alone. Where None, what suits the
+            device.
+        threads: threads of torch in this process; as torch has them where None.
+    """
+
+    def __init__(
+        self,
+        source: Artifact | Path | str | Loaded,
+        *,
+        device: str = "cpu",
+        token_budget: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        where = torch.device(device)
+        if token_budget is None:
+            token_budget = CPU_TOKEN_BUDGET if where.type == "cpu" else GPU_TOKEN_BUDGET
+        if token_budget < 1:
+            raise ValueError(f"token_budget is {token_budget}, must be at least 1")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = source if isinstance(source, Loaded) else load(source)
+        self.name = loaded.name
+        self._task = loaded.task
+        self._model = loaded.model.to(where).eval()
+        self._tokenizer = loaded.tokenizer
+        self._token_budget = token_budget
+        self._work = Work()
+
+    @property
+    def task(self) -> Task:
+        return self._task
+
+    @property
+    def work(self) -> Work:
+        return self._work
+
+    def run(self, requests: Sequence[Request]) -> list[Any]:
+        answers: list[Any] = [self._refusal(request) for request in requests]
+        rows = [row for row, refusal in enumerate(answers) if refusal is None]
+        asked = [requests[row] for row in rows]
+        records = [request.record for request in asked]
+        examples = self._encode(records, labelled=False)
+        found = self._compute(examples, records, lambda i: self._refusal(asked[i]))
+        for row, answer in zip(rows, found, strict=True):
+            answers[row] = answer
+        return answers
+
+    def run_stream(
+        self, records: Iterable[Record], *, chunk: int = CHUNK, labelled: bool = False
+    ) -> Iterator[tuple[Record, Any]]:
+        """Answer records in order without holding more than `chunk` of them; a larger chunk sorts better by length.
+
+        With `labelled` the task sees their labels too, as `evaluate` needs. Yields each record with its answer, or with
+        the exception that stands in its place.
+        """
+        source = iter(records)
+        while rows := list(islice(source, chunk)):
+            yield from zip(rows, self._compute(self._encode(rows, labelled=labelled), rows), strict=True)
+
+    def _refusal(self, request: Request) -> Exception | None:
+        if request.cancel.is_set():
+            return Cancelled()
+        if request.deadline is not None and time.monotonic() > request.deadline:
+            return Expired()
+        if request.artifact not in ("", self.name):
+            return UserError(f"unknown model '{request.artifact}'", hint=f"this engine holds '{self.name}'")
+        if request.adapter is not None or request.head is not None:
+            return UserError("this engine answers with every head and no adapter", hint="leave head and adapter out")
+        return None
+
+    def _encode(self, records: Sequence[Record], *, labelled: bool) -> list[Example | Exception]:
+        return _isolated(lambda some: self._task.encode(some, self._tokenizer, labelled=labelled), records)
+
+    def _compute(
+        self,
+        examples: Sequence[Example | Exception],
+        records: Sequence[Record],
+        refusal: Callable[[int], Exception | None] | None = None,
+    ) -> list[Any]:
+        """Answers in the order of `examples`. `refusal` is asked again before each forward pass, since time goes by."""
+        answers: list[Any] = [example if isinstance(example, Exception) else None for example in examples]
+        lengths = {i: num_tokens(example) for i, example in enumerate(examples) if isinstance(example, Example)}
+        for part in micro_batches(lengths, self._token_budget):
+            if refusal is not None:
+                for i in part:
+                    answers[i] = refusal(i)
+            due = [i for i in part if answers[i] is None]
+            found = _isolated(self._forward, [(examples[i], records[i]) for i in due])
+            for i, answer in zip(due, found, strict=True):
+                answers[i] = answer
+        return answers
+
+    @torch.inference_mode()
+    def _forward(self, pairs: Sequence[tuple[Any, Record]]) -> list[Any]:
+        batch = collate([example for example, _ in pairs])
+        done = self._work.tokens + batch.num_tokens
+        self._work = Work(done, done)
+        return self._task.answer(self._model, batch, [record for _, record in pairs], self._tokenizer)
+
+
+def num_tokens(example: Example) -> int:
+    """Tokens of all streams of an example."""
+    return sum(len(tokens.ids) for stream in example.streams.values() for tokens in stream)
+
+
+def micro_batches(lengths: dict[int, int], budget: int) -> Iterator[list[int]]:
+    """Cut the keys of `lengths`, shortest first, into runs of at most `budget` tokens. A longer one stands alone."""
+    part: list[int] = []
+    tokens = 0
+    for i in sorted(lengths, key=lengths.__getitem__):
+        if part and tokens + lengths[i] > budget:
+            yield part
+            part, tokens = [], 0
+        part.append(i)
+        tokens += lengths[i]
+    if part:
+        yield part
+
+
+def _isolated(work: Callable[[Sequence[T]], Sequence[Any]], items: Sequence[T]) -> list[Any]:
+    """`work` on all items at once; where that fails, on each alone, so that a fault stays with its own item."""
+    if not items:
+        return []
+    try:
+        return list(work(items))
+    except Exception as fault:  # noqa: BLE001 - handed on as the item's answer
+        if len(items) == 1:
+            return [fault]
+    return [_isolated(work, [item])[0] for item in items]

@@ -1,0 +1,70 @@
+"""The numbers a model gives to public probe texts: recorded at training, compared by `verify`.
+
+Everything here takes the slow and obvious way, one probe at a time, so that it is an oracle for the engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from tokenizers import Tokenizer
+
+from lexmill.data.batch import collate
+from lexmill.engine.loaded import Loaded
+from lexmill.models import Model
+from lexmill.tasks.base import Record, Task
+
+FILE = "probes.json"
+"""Where an artefact keeps what `record` gives."""
+FORMAT = 1
+
+
+def probe_texts() -> list[str]:
+    """Bundled public texts: one word to more than 700, either case, accents, punctuation, emoji, several scripts."""
+    bundled = json.loads(files("lexmill.evaluate").joinpath("probes.json").read_text(encoding="utf-8"))
+    return [probe["text"] for probe in bundled["probes"]]
+
+
+def probe_request(task: Task) -> BaseModel:
+    """The request, with `raw` set, that asks a task about every probe text."""
+    return task.probe(probe_texts())
+
+
+def probe_records(task: Task) -> list[Record]:
+    """The records of `probe_request`."""
+    return task.items(probe_request(task))
+
+
+def evidence(loaded: Loaded, records: Sequence[Record]) -> list[dict[str, float]]:
+    """The evidence behind each record's answer, in evaluation mode; the model's mode is as before afterwards."""
+    task, model, tokenizer = loaded.task, loaded.model, loaded.tokenizer
+    training = model.training
+    model.eval()
+    try:
+        found: list[dict[str, float]] = []
+        with torch.inference_mode():
+            for one in records:
+                batch = collate(task.encode([one], tokenizer, labelled=False))
+                (answer,) = task.answer(model, batch, [one], tokenizer)
+                found.append(task.evidence(answer))
+        return found
+    finally:
+        model.train(training)
+
+
+def record(task: Task, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `verify` compares with later, as JSON for an artefact's `probes.json`: the request, the records it holds,
+    and the evidence behind each answer of the model as it stands in memory, its floats exact."""
+    request = probe_request(task)
+    records = task.items(request)
+    found = evidence(Loaded(task, model, tokenizer), records)
+    return {
+        "format": FORMAT,
+        "request": request.model_dump(mode="json"),
+        "probes": [{"record": dict(one), "evidence": e} for one, e in zip(records, found, strict=True)],
+    }

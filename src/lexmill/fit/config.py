@@ -1,0 +1,55 @@
+"""All that may be set for `fit`: one frozen tree, from TOML, flags and `--set`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+
+from lexmill.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data is, and what its columns mean.
+
+    Args:
+        train, validation, test: files of labelled rows; CSV, TSV, JSONL (also .gz, .xz), Parquet.
+        validation_fraction: share of the training rows held out for validation, where no file is given.
+        text, text_pair, label: columns; guessed from names and values where not given.
+        encoding: of text files.
+        delimiter: of CSV files; by the file's suffix where not given.
+        skip_bad: pass over broken rows and count them, in place of stopping at the first.
+    """
+
+    train: Path
+    validation: Path | None = None
+    test: Path | None = None
+    validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One `fit`.
+
+    Args:
+        data: see `DataConfig`.
+        model: a Hugging Face directory, an artefact, or `minilm` for the one in the extra `starter`.
+        task: the name of a task.
+        options: what that task lets one set, such as `max_length`.
+        train: see `TrainConfig`.
+    """
+
+    data: DataConfig
+    model: str = "minilm"
+    task: str = "classify"
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    train: TrainConfig = field(default_factory=TrainConfig)

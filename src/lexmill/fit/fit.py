@@ -1,0 +1,250 @@
+"""Data, task, model, training, evaluation: composed into an artefact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lexmill import models
+from lexmill.artifact import (
+    Artifact, Environment, Manifest, Metric, TaskRecord, Transform, Writer, create, refuse_existing,
+)  # fmt: skip
+from lexmill.config import to_dict, to_toml
+from lexmill.data.tokenizer import check_vocabulary
+from lexmill.engine import TorchEngine
+from lexmill.engine.loaded import Loaded
+from lexmill.errors import MissingExtra, UserError
+from lexmill.evaluate import Evaluation, evaluate, probes
+from lexmill.fit.config import FitConfig
+from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, records, split, tokenized
+from lexmill.hardware import describe, keep_heap
+from lexmill.models import Model
+from lexmill.monitor import Fanout, JsonlSink, Sink, read_events
+from lexmill.train import Store, Trainer, TrainResult
+
+CONFIG_FILE = "run/config.toml"
+EVENTS_FILE = "run/events.jsonl"
+EVALUATION_FILE = "run/evaluation.json"
+REPORT_FILE = "run/report.html"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows a run: `note` is told in words what happens, `sinks` get every event."""
+
+    note: Callable[[str], None] = lambda line: None
+    sinks: Sequence[Sink] = ()
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished run; all of it stands in the artefact.
+
+    Args:
+        seconds: from the first look at the data to the finished artefact.
+    """
+
+    artifact: Artifact
+    seconds: float
+
+    @property
+    def training(self) -> Mapping[str, float]:
+        return self.artifact.manifest.history[-1].effect
+
+    @property
+    def test(self) -> dict[str, Any] | None:
+        """What `Evaluation.to_dict` gave on the test rows."""
+        file = self.artifact.path / EVALUATION_FILE
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def to_dict(self) -> dict[str, Any]:
+        training = dict(self.training)
+        return {"artifact": str(self.artifact.path), "seconds": self.seconds, "training": training, "test": self.test}
+
+    def lines(self) -> list[str]:
+        t = self.training
+        speed = (
+            f"trained {t['steps']:,.0f} steps in {t['seconds']:.0f} s: {t['examples_per_second']:.1f} examples/s, "
+            f"{t['ceiling_share']:.0%} of the matrix-multiply ceiling, {t['positions_per_token']:.2f} positions a token"
+        )
+        metrics = self.artifact.manifest.metrics.get("test", {})
+        tested = [f"test {name}: {_with_interval(metric)}" for name, metric in metrics.items()]
+        return [speed, *(tested or ["not tested: no --test was given"]), f"wrote {self.artifact.path}"]
+
+
+def _with_interval(metric: Metric) -> str:
+    if metric.interval is None:
+        return f"{metric.value:.4f}"
+    return f"{metric.value:.4f} (95 % interval {metric.interval[0]:.4f} to {metric.interval[1]:.4f})"
+
+
+def fit(
+    config: FitConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    watch: Watch | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> FitResult:
+    """Fine-tune a model on labelled text and write an artefact.
+
+    Args:
+        out: where the artefact goes; must not exist. Until it is complete the run lives in `OUT.partial/`.
+        resume: go on from the last checkpoint of an interrupted run with the same config.
+        origins: where each config value came from, for the record.
+
+    Raises:
+        UserError: for anything wrong with the config, the data, the model directory or `out`.
+    """
+    out, watch, started = Path(out), watch or Watch(), time.perf_counter()
+    refuse_existing(out, resume=resume)
+    keep_heap()
+    prepared = prepare(config)
+    for line in (*prepared.columns.lines(), *prepared.report.lines()):
+        watch.note(line)
+    model = _model(prepared)
+    with create(out, resume=resume) as writer:
+        if writer.manifest is None:
+            _record_config(writer, config, origins or {})
+            writer.manifest = _Run(prepared, model, writer, watch).run()
+    return FitResult(Artifact.open(out), time.perf_counter() - started)
+
+
+def _model(prepared: Prepared) -> Model:
+    """The pretrained trunk with the task's new heads, drawn from the run's seed."""
+    config = prepared.config
+    model = models.load(prepared.model_directory)
+    check_vocabulary(prepared.tokenizer, model.config.vocab_size, where=str(prepared.model_directory))
+    if config.train.dropout is not None:
+        model.set_dropout(config.train.dropout)
+    torch.manual_seed(config.train.seed)
+    prepared.task.attach(model)
+    return model
+
+
+def _record_config(writer: Writer, config: FitConfig, origins: Mapping[str, str]) -> None:
+    """Note what the run was asked to do. A resumed run must be asked the same."""
+    file = writer.path(CONFIG_FILE)
+    text = to_toml(config)
+    if file.exists() and file.read_text() != text:
+        old, new = file.read_text().splitlines(), text.splitlines()
+        changed = next((f"was {a}, is {b}" for a, b in zip(old, new, strict=False) if a != b), "keys differ")
+        raise UserError(
+            f"the interrupted run had another config: {changed}",
+            where=str(file),
+            hint="resume with the same flags and recipe, or remove the directory to start anew",
+        )
+    file.write_text(text)
+    writer.path("run/origins.json").write_text(json.dumps(dict(origins), indent=2))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Training and what follows it, inside an open writer."""
+
+    prepared: Prepared
+    model: Model
+    writer: Writer
+    watch: Watch
+
+    @property
+    def loaded(self) -> Loaded:
+        return Loaded(self.prepared.task, self.model, self.prepared.tokenizer, self.writer.out.name)
+
+    def run(self) -> Manifest:
+        training = self._train()
+        test = self._test()
+        self._write_model()
+        if test is not None:
+            self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()))
+        self._report(training, test)
+        return self._manifest(training, test)
+
+    def _train(self) -> TrainResult:
+        prepared, config = self.prepared, self.prepared.config
+        self.watch.note("tokenizing")
+        cache = tokenized(prepared)
+        data, held = split(cache, config.data.validation_fraction, config.train.seed)
+        validating = len(held) > 0 or prepared.sources.validation is not None
+        rows = held_out(prepared, held)
+        store = Store(self.writer.checkpoints, config.train.keep_checkpoints)
+        trainer = Trainer(
+            self.model,
+            prepared.task,
+            data,
+            config.train,
+            validate=(lambda: evaluate(TorchEngine(self.loaded), rows()).metrics.values) if validating else None,
+            store=store,
+        )
+        if trainer.resume():
+            self.watch.note(f"going on from step {trainer.progress.step:,} of {trainer.total_steps:,}")
+        events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step)
+        with closing(Fanout(events, *self.watch.sinks)) as sinks:
+            return trainer.run(sinks.emit)
+
+    def _test(self) -> Evaluation | None:
+        test = self.prepared.sources.test
+        if test is None:
+            return None
+        self.watch.note("evaluating on the test rows")
+        return evaluate(TorchEngine(self.loaded), records(test))
+
+    def _write_model(self) -> None:
+        models.save(self.model, self.writer.path("config.json").parent)
+        source = self.prepared.model_directory
+        self.prepared.tokenizer.no_truncation()
+        self.prepared.tokenizer.save(str(self.writer.path("tokenizer.json")))
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, self.writer.path(name))
+        recorded = probes.record(self.prepared.task, self.model, self.prepared.tokenizer)
+        self.writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False))
+
+    def _report(self, training: TrainResult, test: Evaluation | None) -> None:
+        from lexmill.evaluate.report import Report, write_report
+
+        events = list(read_events(self.writer.path(EVENTS_FILE)))
+        config = self.prepared.config
+        summary = {
+            "task": config.task,
+            "model": f"{config.model}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters",
+            "training data": f"{config.data.train}, {self.prepared.report.train.rows:,} rows",
+            "test data": f"{config.data.test}, {test.rows:,} rows" if test else "none",
+            "training": f"{training.epochs:g} epochs, {training.steps:,} steps, {training.seconds:.0f} s",
+        }
+        data = self.prepared.report.to_dict()
+        try:
+            report = Report(self.writer.out.name, summary, events, test.metrics if test else None, data)
+            write_report(self.writer.path(REPORT_FILE), report)
+        except MissingExtra as missing:
+            self.watch.note(f"no HTML report: {missing}")
+
+    def _manifest(self, training: TrainResult, test: Evaluation | None) -> Manifest:
+        prepared, machine = self.prepared, describe()
+        effect = {name: float(value) for name, value in asdict(training).items() if value is not None}
+        return Manifest(
+            task=TaskRecord(name=prepared.task.name, state=prepared.task.state()),
+            structure=self.model.structure(),
+            data=fingerprints(prepared),
+            metrics={"test": _metrics(test)} if test else {},
+            history=(Transform(name="fit", parameters=to_dict(prepared.config), effect=effect),),
+            environment=Environment(
+                torch=str(machine["torch"]),
+                cpu_capability=str(machine["cpu_capability"]),
+                threads=int(machine["threads"]),
+            ),
+            weights=models.weights_digest(self.model),
+        )
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
+    metrics = evaluation.metrics
+    return {name: Metric(value=v, interval=metrics.intervals.get(name)) for name, v in metrics.values.items()}

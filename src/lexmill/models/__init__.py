@@ -1,0 +1,24 @@
+"""One backbone, its heads and families; loading, saving and decoding."""
+
+from lexmill.models.backbone import Transformer
+from lexmill.models.config import LayerOverride, ModelConfig
+from lexmill.models.generate import Generated, greedy
+from lexmill.models.heads import ClassifierHead, ClassifierShape, LMHead
+from lexmill.models.io import init, load, save, weights_digest
+from lexmill.models.model import Model
+
+__all__ = [
+    "ClassifierHead",
+    "ClassifierShape",
+    "Generated",
+    "LMHead",
+    "LayerOverride",
+    "Model",
+    "ModelConfig",
+    "Transformer",
+    "greedy",
+    "init",
+    "load",
+    "save",
+    "weights_digest",
+]

@@ -1,0 +1,238 @@
+"""The one transformer, from BERT to LLaMA, by `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lexmill.models.config import LayerShape, ModelConfig
+from lexmill.nn.attention import Attention
+from lexmill.nn.cache import KVCache, LayerCache
+from lexmill.nn.dropout import Dropout
+from lexmill.nn.embedding import Embedding
+from lexmill.nn.layout import Layout, Packed
+from lexmill.nn.mlp import MLP
+from lexmill.nn.norm import norm
+from lexmill.nn.pooling import select
+from lexmill.nn.rotary import Rope, Rotary
+
+Only = Literal["all", "first", "last"]
+
+
+class Embeddings(nn.Module):
+    """Token embeddings, with positions and segment types added where the model has them.
+
+    The token table's gradients are row-sparse (`token.sparse`) until an output head shares it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.token = Embedding(config.vocab_size, size, sparse=True, role="vocab")
+        self.position = Embedding(config.max_positions, size) if config.positions == "learned" else None
+        self.segment = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.norm = norm(config.norm, size, config.norm_eps) if config.embedding_norm else nn.Identity()
+        self.dropout = Dropout(config.dropout)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        types: Int[Tensor, "*rows"] | None,
+        inputs_embeds: Float[Tensor, "*rows dim"] | None,
+    ) -> Float[Tensor, "*rows dim"]:
+        x = self.token(ids) if inputs_embeds is None else inputs_embeds
+        if self.segment is not None:
+            x = x + (self.segment.weight[0] if types is None else self.segment(types))
+        if self.position is not None:
+            x = x + self.position(positions)
+        return self.dropout(self.norm(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm and residual."""
+
+    def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.pre_norm = config.norm_place == "pre"
+        self.attention = Attention(
+            size,
+            shape.num_heads,
+            config.head_dim,
+            num_kv_heads=shape.num_kv_heads,
+            bias=config.attention_bias,
+            causal=config.causal,
+            window=shape.window,
+            dropout=config.attention_dropout,
+        )
+        self.attention_norm = norm(config.norm, size, config.norm_eps)
+        self.mlp = MLP(size, shape.intermediate_size, config.activation, gated=config.gated, bias=config.mlp_bias)
+        self.mlp_norm = norm(config.norm, size, config.norm_eps)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "*rows dim"],
+        layout: Layout,
+        *,
+        rope: Rope | None = None,
+        only: Only = "all",
+        cache: LayerCache | None = None,
+        collect: dict[str, Tensor] | None = None,
+    ) -> Float[Tensor, "*some_rows dim"]:
+        """The next hidden state; with `only`, that of the first or last token of each sequence, `[seq, dim]`."""
+        if self.pre_norm:
+            x, mixed = self._attend(hidden, self.attention_norm(hidden), layout, rope, only, cache, collect)
+            x = x + self.dropout(mixed)
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x, mixed = self._attend(hidden, hidden, layout, rope, only, cache, collect)
+        x = self.attention_norm(x + self.dropout(mixed))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+    def _attend(
+        self,
+        hidden: Float[Tensor, "*rows dim"],
+        normed: Float[Tensor, "*rows dim"],
+        layout: Layout,
+        rope: Rope | None,
+        only: Only,
+        cache: LayerCache | None,
+        collect: dict[str, Tensor] | None,
+    ) -> tuple[Float[Tensor, "*some_rows dim"], Float[Tensor, "*some_rows dim"]]:
+        """The residual and what attention adds to it, of the rows wanted."""
+        if only == "all":
+            return hidden, self.attention(normed, layout, rope=rope, cache=cache, collect=collect)
+        asked = select(normed, layout, only)
+        turned = None if rope is None else Rope(select(rope.cos, layout, only), select(rope.sin, layout, only))
+        packed = isinstance(layout, Packed)
+        if not packed:
+            asked = asked.unsqueeze(1)
+            turned = None if turned is None else Rope(turned.cos.unsqueeze(1), turned.sin.unsqueeze(1))
+        mixed = self.attention(
+            asked,
+            layout.single,
+            normed,
+            layout,
+            rope=turned,
+            memory_rope=rope,
+            align="start" if only == "first" else "end",
+            cache=cache,
+            collect=collect,
+        )
+        return select(hidden, layout, only), mixed if packed else mixed.squeeze(1)
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, and a final norm where the model has one."""
+
+    positions_computed: int
+    """Rows that have gone through the blocks so far, padding included."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.positions_computed = 0
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Block(config, config.layer(i)) for i in range(config.num_layers))
+        self.norm = norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else nn.Identity()
+        rotary = config.positions == "rotary"
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling) if rotary else None
+
+    def forward(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        *,
+        types: Int[Tensor, "*rows"] | None = None,
+        cache: KVCache | None = None,
+        only: Only = "all",
+        collect: list[dict[str, Tensor]] | None = None,
+        inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
+    ) -> Float[Tensor, "*some_rows dim"]:
+        """Hidden states of all tokens, `[*rows, dim]`, or of one token a sequence, `[seq, dim]`.
+
+        Args:
+            ids: `[tok]` with a packed layout, `[seq, len]` with a dense one; `positions` and `types` likewise.
+            types: segment types; all 0 where None.
+            cache: keys and values of earlier tokens of the same sequences; needs a packed layout.
+            only: with `first` or `last` the last layer computes queries, output and feed-forward for that token alone.
+            collect: is given one dictionary for the embeddings and each layer: `hidden`, and of layers `query`, `key`,
+                `value` too.
+            inputs_embeds: stands in for the token embeddings of `ids`.
+        """
+        if cache is not None or collect is not None or not isinstance(layout, Packed) or layout.grouped is None:
+            return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds)
+        # Sequences of equal length become neighbours here, once, so that no layer has to gather them.
+        near = layout.grouped
+        types = None if types is None else types[near.rows]
+        embeds = None if inputs_embeds is None else inputs_embeds.index_select(0, near.rows)
+        hidden = self._run(ids[near.rows], positions[near.rows], near.layout, types, None, only, None, embeds)
+        return hidden.index_select(0, near.restore_rows if only == "all" else near.restore_sequences)
+
+    def _run(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        types: Int[Tensor, "*rows"] | None,
+        cache: KVCache | None,
+        only: Only,
+        collect: list[dict[str, Tensor]] | None,
+        inputs_embeds: Float[Tensor, "*rows dim"] | None,
+    ) -> Float[Tensor, "*some_rows dim"]:
+        if not torch.compiler.is_compiling():
+            self.positions_computed += ids.numel()
+        x = self.embeddings(ids, positions, types, inputs_embeds)
+        caches: Sequence[LayerCache | None] = [None] * len(self.layers)
+        if cache is not None:
+            if not isinstance(layout, Packed):
+                raise TypeError("a cache needs a packed layout")
+            if only == "first":
+                raise ValueError("the first token of a sequence is in the cache already; ask for 'all' or 'last'")
+            cache.begin(layout)
+            caches = cache.layers
+        rope = None if self.rotary is None else self.rotary(positions, self._reach(layout, cache), x.dtype)
+        if collect is not None:
+            collect.append({"hidden": x})
+        for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+            seen: dict[str, Tensor] | None = None if collect is None else {}
+            last = index == len(self.layers) - 1
+            x = block(x, layout, rope=rope, only=only if last else "all", cache=layer_cache, collect=seen)
+            if collect is not None and seen is not None:
+                collect.append(seen | {"hidden": x})
+        if cache is not None:
+            cache.commit()
+        return self.norm(x)
+
+    def _reach(self, layout: Layout, cache: KVCache | None) -> int:
+        """More than the largest position."""
+        reached = layout if cache is None else cache.key_layout
+        return reached.max_length if isinstance(reached, Packed) else reached.mask.shape[1]
+
+    def matmul_shapes(self) -> list[tuple[int, int]]:
+        """(in, out) of every matrix that each token is multiplied by."""
+        return [(m.in_features, m.out_features) for m in self.layers.modules() if isinstance(m, nn.Linear)]
+
+    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
+        """An empty cache for this many sequences, in the precision and on the device of the weights."""
+        weight = self.embeddings.token.weight
+        shapes = [(self.config.layer(i).num_kv_heads, self.config.head_dim) for i in range(self.config.num_layers)]
+        return KVCache(shapes, num_sequences, capacity, weight.dtype, weight.device)
+
+
+def initialise(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Draw new weights: tables and matrices from a normal distribution, biases 0, norms 1."""
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, (nn.Linear, nn.Embedding)):
+                part.weight.normal_(0.0, std, generator=generator)
+            elif isinstance(getattr(part, "weight", None), nn.Parameter):
+                nn.init.ones_(part.get_parameter("weight"))
+            if isinstance(getattr(part, "bias", None), nn.Parameter):
+                nn.init.zeros_(part.get_parameter("bias"))

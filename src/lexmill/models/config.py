@@ -1,0 +1,156 @@
+"""The structure of a model: what must be known to build its layers, and nothing of how it is trained or used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, cast
+
+from lexmill.errors import UserError
+from lexmill.nn.mlp import Activation
+from lexmill.nn.norm import NormKind
+from lexmill.nn.rotary import RopeScaling
+
+D = TypeVar("D")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer looks like, overrides applied."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """Where one layer differs from the rest of its model, as pruning leaves it; None where it does not."""
+
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer's structure.
+
+    Args:
+        num_kv_heads: heads of keys and values, which divide `num_heads`.
+        max_positions: the longest sequence, in tokens.
+        type_vocab_size: segment types of pairs; 0 for none.
+        norm_place: `post` normalises after each residual sum (BERT), `pre` before each sub-layer (LLaMA).
+        embedding_norm, final_norm: whether the sum of embeddings, and the last hidden state, is normalised.
+        rope_theta, rope_scaling: of `rotary` positions.
+        gated: whether the feed-forward layer has a gate.
+        window: a token sees only those fewer than this many positions away; None for all.
+        attention_bias: of queries, keys, values and output; `mlp_bias` of the feed-forward layers.
+        tied_output: whether an output head shares the token embedding.
+        dropout: of embeddings and sub-layer outputs; `attention_dropout` of attention weights.
+        initializer_range: the standard deviation of new weights.
+        layers: one override a layer, or none at all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    type_vocab_size: int = 0
+    norm: NormKind = "layer"
+    norm_place: Literal["pre", "post"] = "post"
+    norm_eps: float = 1e-12
+    embedding_norm: bool = True
+    final_norm: bool = False
+    positions: Literal["learned", "rotary", "none"] = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: Activation = "gelu"
+    gated: bool = False
+    causal: bool = False
+    window: int | None = None
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    tied_output: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    layers: tuple[LayerOverride, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layers and len(self.layers) != self.num_layers:
+            raise UserError(
+                f"{len(self.layers)} per-layer overrides for {self.num_layers} layers",
+                where="layers",
+                hint="give one a layer, or none",
+            )
+        sizes = ("vocab_size", "hidden_size", "num_layers", "head_dim", "max_positions")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"must be at least 1, is {getattr(self, name)}", where=name)
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(f"rotary positions need an even dimension, not {self.head_dim}", where="head_dim")
+        for index in range(self.num_layers):
+            shape = self.layer(index)
+            if min(shape.num_heads, shape.num_kv_heads, shape.intermediate_size) < 1:
+                raise UserError("heads and widths must be at least 1", where=f"layers[{index}]")
+            if shape.num_heads % shape.num_kv_heads:
+                raise UserError(
+                    f"{shape.num_kv_heads} key-value heads cannot be shared by {shape.num_heads} heads",
+                    where=f"layers[{index}].num_kv_heads",
+                    hint="num_kv_heads must divide num_heads",
+                )
+
+    def layer(self, index: int) -> LayerShape:
+        """The shape of one layer."""
+        own = self.layers[index] if self.layers else LayerOverride()
+        return LayerShape(
+            self.num_heads if own.num_heads is None else own.num_heads,
+            self.num_kv_heads if own.num_kv_heads is None else own.num_kv_heads,
+            self.intermediate_size if own.intermediate_size is None else own.intermediate_size,
+            self.window if own.window is None else own.window,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; the inverse of `from_dict`."""
+        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ModelConfig:
+        """Read what `to_dict` wrote. An unknown or missing key is a `UserError`."""
+        values = dict(data)
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = strict(RopeScaling, values["rope_scaling"], f"{where}.rope_scaling")
+        values["layers"] = read_overrides(values.get("layers", ()), f"{where}.layers")
+        return strict(cls, values, where)
+
+
+def read_overrides(data: Any, where: str) -> tuple[LayerOverride, ...]:
+    """Per-layer overrides from JSON."""
+    if not isinstance(data, (list, tuple)):
+        raise UserError("must be a list with one entry a layer", where=where)
+    entries = cast("list[Any]", data)
+    return tuple(strict(LayerOverride, entry, f"{where}[{i}]") for i, entry in enumerate(entries))
+
+
+def strict(kind: type[D], data: Any, where: str) -> D:
+    """A dataclass from JSON: unknown and missing keys are errors that name the nearest right one."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"must be an object, is {type(data).__name__}", where=where)
+    values = cast("Mapping[str, Any]", data)
+    known = [field.name for field in fields(cast("type[ModelConfig]", kind))]
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            raise UserError(f"unknown key '{key}'", where=where, hint=f"did you mean '{near[0]}'?" if near else None)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(str(error).replace(f"{kind.__name__}.__init__()", "it"), where=where) from error

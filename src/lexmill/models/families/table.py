@@ -1,0 +1,201 @@
+"""What a family's table is made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lexmill.errors import UserError
+from lexmill.models.config import ModelConfig
+from lexmill.models.heads import ClassifierShape
+from lexmill.nn.rotary import RopeScaling
+
+Json = dict[str, Any]
+Derived = Callable[[Mapping[str, Any]], int]
+Use = Literal["base", "classifier", "lm"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of `ModelConfig` and where a Hugging Face config keeps it.
+
+    `read` takes the whole config, since some defaults depend on other keys, and raises `UserError` with the key as its
+    place; `write` changes the config.
+    """
+
+    ours: str
+    read: Callable[[Mapping[str, Any]], Any]
+    write: Callable[[Json, Any], None]
+
+
+def key(ours: str, theirs: str, kind: type, default: int | float | Derived) -> Setting:
+    """A field under one key of type `kind`; `default` is a value, or a function of the config. Null is absent."""
+
+    def read(hf: Mapping[str, Any]) -> Any:
+        value = hf.get(theirs)
+        if value is None:
+            return default(hf) if callable(default) else default
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise UserError(f"must be {kind.__name__}, is {value!r}", where=theirs)
+        return value
+
+    def write(hf: Json, value: Any) -> None:
+        hf[theirs] = value
+
+    return Setting(ours, read, write)
+
+
+def choice(ours: str, theirs: str, names: Mapping[str, str], default: str) -> Setting:
+    """A field whose values have other names there; of several names for one value the first is written."""
+
+    def read(hf: Mapping[str, Any]) -> str:
+        value = hf.get(theirs, default)
+        if value not in names:
+            raise UserError(f"'{value}' cannot be represented", where=theirs, hint=f"can be: {', '.join(names)}")
+        return names[value]
+
+    def write(hf: Json, value: Any) -> None:
+        hf[theirs] = next(name for name, meaning in names.items() if meaning == value)
+
+    return Setting(ours, read, write)
+
+
+def fixed_ratio(ours: str, theirs: str, value: Derived) -> Setting:
+    """A field without a key of its own, which follows from others; `theirs` is the key to name where it cannot."""
+
+    def write(hf: Json, wanted: Any) -> None:
+        if value(hf) != wanted:
+            raise UserError(f"a config of this family cannot say {ours} = {wanted!r}", where=theirs)
+
+    return Setting(ours, value, write)
+
+
+def rope_settings() -> tuple[Setting, Setting]:
+    """Rotary base and scaling: `rope_theta` and `rope_scaling`, or both in `rope_parameters` (transformers 5)."""
+
+    def read_theta(hf: Mapping[str, Any]) -> float:
+        return float(_rope(hf).get("rope_theta", hf.get("rope_theta", 10_000.0)))
+
+    def write_theta(hf: Json, value: Any) -> None:
+        hf["rope_parameters"] = {"rope_type": "default", **_rope(hf), "rope_theta": value}
+        hf.pop("rope_theta", None)
+        hf.pop("rope_scaling", None)
+
+    def read_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+        return _read_scaling(_rope(hf), "rope_parameters" if hf.get("rope_parameters") else "rope_scaling")
+
+    def write_scaling(hf: Json, value: Any) -> None:
+        rope: Json = {"rope_type": "default", "rope_theta": read_theta(hf)}
+        if isinstance(value, RopeScaling):
+            rope |= {"rope_type": value.kind, "factor": value.factor}
+            if value.kind == "llama3":
+                rope |= {theirs: getattr(value, ours) for ours, theirs in _LLAMA3.items()}
+        hf["rope_parameters"] = rope
+        hf.pop("rope_scaling", None)
+
+    return Setting("rope_theta", read_theta, write_theta), Setting("rope_scaling", read_scaling, write_scaling)
+
+
+_LLAMA3 = {
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+
+
+def _read_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("rotary positions on part of a head cannot be represented", where=where)
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"the rope type '{kind}' cannot be represented", where=where, hint="can be: linear, llama3")
+    keys = {"factor": "factor", **(_LLAMA3 if kind == "llama3" else {})}
+    for theirs in keys.values():
+        if not isinstance(rope.get(theirs), (int, float)):
+            raise UserError(f"the rope type '{kind}' needs a number '{theirs}'", where=where)
+    numbers = {ours: float(rope[theirs]) for ours, theirs in keys.items()}
+    original = int(numbers.pop("original_max_positions", RopeScaling.original_max_positions))
+    return RopeScaling(kind, **numbers, original_max_positions=original)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models as data.
+
+    Args:
+        name: Hugging Face's `model_type`.
+        architectures: Hugging Face's class name for each use.
+        prefix: of trunk tensors in a file that has a head too.
+        fixed: fields of `ModelConfig` that are the same for all its members.
+        settings: the other fields.
+        requires: keys that must have one of these values, or be absent.
+        weights: our tensor names (below `trunk.`) and theirs; `{i}` stands for the layer.
+        namespaces: what names of trunk tensors start with, to tell a strange trunk tensor from an unused head.
+        spare: patterns of tensors in these namespaces that the trunk does not use.
+        aliases: other endings of names that old files have, and what they mean.
+        classifier: the classification head that its Hugging Face class has; `num_labels` is a placeholder.
+        heads: our names of head tensors by use, and theirs; `{prefix}` stands for the prefix.
+    """
+
+    name: str
+    architectures: Mapping[Use, str]
+    prefix: str
+    fixed: Mapping[str, Any]
+    settings: tuple[Setting, ...]
+    weights: tuple[tuple[str, str], ...]
+    namespaces: tuple[str, ...]
+    classifier: ClassifierShape
+    heads: Mapping[Use, Mapping[str, str]]
+    requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
+    spare: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """Our config from theirs. A setting that we cannot represent is a `UserError` that names its key."""
+        for name, allowed in self.requires.items():
+            if name in hf and hf[name] not in allowed:
+                right = " or ".join(repr(value) for value in allowed)
+                raise UserError(f"{hf[name]!r} cannot be represented", where=name, hint=f"can be: {right}")
+        return ModelConfig(**self.fixed, **{setting.ours: setting.read(hf) for setting in self.settings})
+
+    def write_config(self, config: ModelConfig, source: Mapping[str, Any]) -> Json:
+        """Their config from ours: `source` with only those keys changed that no longer mean the same."""
+        for name, value in self.fixed.items():
+            if getattr(config, name) != value:
+                raise UserError(f"models of the family '{self.name}' have {value!r}", where=name)
+        hf: Json = {**source, "model_type": self.name}
+        for setting in self.settings:
+            value = getattr(config, setting.ours)
+            if not source or setting.read(hf) != value:
+                setting.write(hf, value)
+        return hf
+
+    def names(self, num_layers: int) -> dict[str, str]:
+        """Our trunk tensor names and theirs, without prefix."""
+        return {
+            ours.replace("{i}", str(i)): theirs.replace("{i}", str(i))
+            for ours, theirs in self.weights
+            for i in (range(num_layers) if "{i}" in ours else (0,))
+        }
+
+    def canonical(self, name: str) -> str:
+        """The present name of a tensor that an old file may name otherwise."""
+        for old, new in self.aliases.items():
+            if name.endswith(old):
+                return name.removesuffix(old) + new
+        return name
+
+    def in_trunk(self, name: str) -> bool:
+        """Whether a name without prefix must be one of `names`."""
+        spare = any(re.fullmatch(pattern, name) for pattern in self.spare)
+        return name.startswith(self.namespaces) and not spare

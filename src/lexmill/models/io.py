@@ -1,0 +1,317 @@
+"""Hugging Face directories: reading a model from one, writing it as one. Safetensors only, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lexmill.errors import UserError
+from lexmill.models import families
+from lexmill.models.backbone import Transformer, initialise
+from lexmill.models.config import ModelConfig, read_overrides, strict
+from lexmill.models.families import Family
+from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
+from lexmill.models.model import Model, Origin
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OWN_KEY = "lexmill"
+"""The key of config.json under which the structure stands that Hugging Face has no key for."""
+
+
+def init(config: ModelConfig, family: str, seed: int) -> Model:
+    """A model with new weights, which depend on `config` and `seed` alone."""
+    trunk = Transformer(config)
+    initialise(trunk, config.initializer_range, torch.Generator().manual_seed(seed))
+    return Model(trunk, families.find(family).name)
+
+
+def load(directory: Path | str, *, dtype: torch.dtype | None = None) -> Model:
+    """Read a model from a Hugging Face directory, one file or sharded. It comes in `eval` mode.
+
+    Heads are attached as `save` recorded them; a plain Hugging Face directory gives a trunk, and `extras` from which
+    `add_language_head` and `add_stored_classifier` make its heads.
+
+    Args:
+        dtype: of the parameters; each as stored where None. `extras` stay as stored.
+
+    Raises:
+        UserError: a file is missing, broken or pickled; a setting cannot be represented; a tensor is missing, strange
+            or of the wrong shape.
+    """
+    directory = Path(directory)
+    hf, where = _read_json(directory / CONFIG), str(directory / CONFIG)
+    own: Mapping[str, Any] = hf.pop(OWN_KEY, {})
+    family = families.recognise(hf, where)
+    try:
+        config = family.read_config(hf)
+        config = replace(config, layers=read_overrides(own.get("layers", ()), f"{OWN_KEY}.layers"))
+    except UserError as error:
+        raise UserError(error.message, where=f"{where}: {error.where}", hint=error.hint) from error
+    files = _Files(directory)
+    with torch.device("meta"):
+        trunk = Transformer(config)
+    state, origin = _trunk_tensors(files, family, trunk, dtype)
+    trunk.load_state_dict(state, strict=True, assign=True)
+    origin.config = hf
+    rest = [name for name in files.names if name not in files.taken]
+    model = Model(trunk, family.name, extras={name: files.read(name) for name in rest}, origin=origin).eval()
+    _attach_heads(model, own.get("heads", {}), files, f"{where}: {OWN_KEY}.heads")
+    return model
+
+
+def save(model: Model, directory: Path | str, *, labels: Sequence[str] | None = None) -> None:
+    """Write `config.json` and `model.safetensors` with Hugging Face names into an existing directory.
+
+    One classification head of the family's own form gets its Hugging Face names, so that
+    `AutoModelForSequenceClassification` loads it; a language head likewise. Other heads stand under `heads.{name}.`.
+
+    Args:
+        labels: names of the classes, for Hugging Face's `id2label`.
+    """
+    directory = Path(directory)
+    (directory / CONFIG).write_text(json.dumps(_config(model, labels), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(model).items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def named_tensors(model: Model) -> dict[str, Tensor]:
+    """All tensors of a model by the names they have in a file; tied ones once."""
+    family, prefix = families.find(model.family), _prefix(model)
+    old = model.origin.prefix
+    moved = {name: _moved(name, family, old, prefix) for name in model.extras}
+    tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
+    names = family.names(model.config.num_layers)
+    for ours, tensor in model.trunk.state_dict().items():
+        tensors[prefix + model.origin.names.get(ours, names[ours])] = tensor
+    for name, head in model.heads.items():
+        for ours, theirs in _head_names(model, name).items():
+            tied = isinstance(head, LMHead) and head.tied and ours == "output.weight"
+            if not tied or theirs in tensors:
+                tensors[theirs] = head.get_parameter(ours)
+    return tensors
+
+
+def weights_digest(model: Model) -> dict[str, str]:
+    """The sha256 of each tensor's bytes, by the name it has in a file."""
+    return {name: _sha256(tensor) for name, tensor in named_tensors(model).items()}
+
+
+def _sha256(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """The tensors of a directory's safetensors files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.taken: set[str] = set()
+        self._file: dict[str, Path] = {}
+        index = directory / INDEX
+        if (directory / WEIGHTS).exists():
+            self._file = dict.fromkeys(_keys(directory / WEIGHTS), directory / WEIGHTS)
+        elif index.exists():
+            self._read_index(index)
+        else:
+            pickled = sorted(path.name for path in directory.glob("*.bin"))
+            hint = f"{pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else None
+            raise UserError(f"no {WEIGHTS} and no {INDEX}", where=str(directory), hint=hint)
+
+    def _read_index(self, index: Path) -> None:
+        placed = _read_json(index).get("weight_map")
+        if not isinstance(placed, dict):
+            raise UserError("has no 'weight_map'", where=str(index))
+        self._file = {name: index.parent / str(file) for name, file in cast("dict[str, Any]", placed).items()}
+        for path in dict.fromkeys(self._file.values()):
+            if path.parent != index.parent or not path.exists():
+                raise UserError(f"the shard '{path.name}' is missing", where=str(index))
+            held = set(_keys(path))
+            lost = [name for name, file in self._file.items() if file == path and name not in held]
+            if lost:
+                raise UserError(f"the tensor '{lost[0]}' is missing", where=str(path), hint=f"{INDEX} says it is here")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file)
+
+    def where(self, name: str) -> str:
+        return str(self._file.get(name, self.directory))
+
+    def read(self, name: str, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of one tensor; its shape is checked where given."""
+        path = self._file[name]
+        self.taken.add(name)
+        try:
+            with safe_open(path, "pt") as file:
+                found = cast("list[int]", file.get_slice(name).get_shape())
+                if shape is not None and list(shape) != found:
+                    raise UserError(
+                        f"the tensor '{name}' has shape {found}",
+                        where=str(path),
+                        hint=f"{CONFIG} says it should be {list(shape)}",
+                    )
+                tensor = cast("Tensor", file.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read the tensor '{name}': {error}", where=str(path)) from error
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor.clone()
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        hint = "the file is broken or incomplete: fetch it again"
+        raise UserError(f"not a readable safetensors file: {error}", where=str(path), hint=hint) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("no such file", where=str(path), hint="give a Hugging Face model directory") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not JSON: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise UserError("must hold a JSON object", where=str(path))
+    return cast("dict[str, Any]", data)
+
+
+def _trunk_tensors(
+    files: _Files, family: Family, trunk: Transformer, dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], Origin]:
+    """The trunk's state, and under which names it stood."""
+    names = family.names(trunk.config.num_layers)
+    wanted = {ours: (names[ours], tensor.shape) for ours, tensor in trunk.state_dict().items()}
+    found = {family.canonical(name): name for name in files.names}
+    prefix = max(("", family.prefix), key=lambda start: sum(start + theirs in found for theirs, _ in wanted.values()))
+    missing = [prefix + theirs for theirs, _ in wanted.values() if prefix + theirs not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"the tensor '{missing[0]}'{more} is missing", where=files.where(missing[0]))
+    known = {prefix + theirs for theirs, _ in wanted.values()}
+    for name, stored in found.items():
+        inside = name.startswith(prefix) and family.in_trunk(name.removeprefix(prefix))
+        if inside and name not in known:
+            hint = f"{CONFIG} describes a model without it"
+            raise UserError(f"unexpected tensor '{stored}'", where=files.where(stored), hint=hint)
+    state: dict[str, Tensor] = {}
+    origin = Origin(prefix=prefix)
+    for ours, (theirs, shape) in wanted.items():
+        stored = found[prefix + theirs]
+        state[ours] = files.read(stored, shape, dtype)
+        if stored != prefix + theirs:
+            origin.names[ours] = stored.removeprefix(prefix)
+    return state, origin
+
+
+def _attach_heads(model: Model, recorded: Mapping[str, Mapping[str, Any]], files: _Files, where: str) -> None:
+    for name, entry in recorded.items():
+        model.add_head(name, _build_head(model, entry, f"{where}.{name}"))
+    for name in recorded:
+        head = cast("Head", model.heads[name])
+        for ours, theirs in _head_names(model, name).items():
+            if isinstance(head, LMHead) and head.tied and ours == "output.weight":
+                continue
+            if theirs not in model.extras:
+                raise UserError(f"the tensor '{theirs}' of the head '{name}' is missing", where=files.where(theirs))
+            own = head.get_parameter(ours)
+            stored = files.read(theirs, own.shape, model.dtype)
+            owner, _, leaf = ours.rpartition(".")
+            setattr(head.get_submodule(owner), leaf, nn.Parameter(stored))
+            model.extras.pop(theirs)
+
+
+def _build_head(model: Model, entry: Mapping[str, Any], where: str) -> Head:
+    shape = dict(entry)
+    kind = shape.pop("kind", None)
+    size = model.config.hidden_size
+    if kind == ClassifierHead.kind:
+        return ClassifierHead(size, strict(ClassifierShape, shape, where))
+    if kind == LMHead.kind:
+        tied = model.trunk.embeddings.token if model.config.tied_output else None
+        return LMHead(size, model.config.vocab_size, tied=tied, bias=bool(shape.get("bias")))
+    raise UserError(f"unknown kind of head {kind!r}", where=where, hint="known kinds: classifier, lm")
+
+
+# --- names and config ------------------------------------------------------------------------------------------
+
+
+def _hf_head(model: Model, use: families.Use) -> str | None:
+    """The name of the only head of this kind, where its form is that of the family's Hugging Face class."""
+    family = families.find(model.family)
+    heads = {name: head for name, head in model.heads.items() if head.kind == use}
+    if use not in family.heads or len(heads) != 1:
+        return None
+    [(name, head)] = heads.items()
+    if isinstance(head, ClassifierHead):
+        form = replace(family.classifier, num_labels=head.shape.num_labels, dropout=head.shape.dropout)
+        return name if head.shape == form else None
+    return name if not cast("LMHead", head).has_bias else None
+
+
+def _prefix(model: Model) -> str:
+    standard = _hf_head(model, "classifier") or _hf_head(model, "lm")
+    return families.find(model.family).prefix if standard else model.origin.prefix
+
+
+def _moved(name: str, family: Family, old: str, new: str) -> str:
+    """The name of an unused tensor when the trunk's prefix changes."""
+    inside = name.startswith(old) and name.removeprefix(old).startswith(family.namespaces)
+    return new + name.removeprefix(old) if inside else name
+
+
+def _head_names(model: Model, name: str) -> dict[str, str]:
+    """A head's tensor names, ours and those in a file."""
+    head = cast("Head", model.heads[name])
+    own = [ours for ours, _ in head.named_parameters()]
+    use: families.Use = "classifier" if isinstance(head, ClassifierHead) else "lm"
+    if _hf_head(model, use) == name:
+        family = families.find(model.family)
+        return {ours: family.heads[use][ours].format(prefix=_prefix(model)) for ours in own}
+    return {ours: f"heads.{name}.{ours}" for ours in own}
+
+
+def _config(model: Model, labels: Sequence[str] | None) -> dict[str, Any]:
+    family, source = families.find(model.family), model.origin.config
+    hf = family.write_config(model.config, source)
+    classifier, lm = _hf_head(model, "classifier"), _hf_head(model, "lm")
+    use: families.Use = "classifier" if classifier else "lm" if lm else "base"
+    if use != "base" or not hf.get("architectures"):
+        hf["architectures"] = [family.architectures[use]]
+    if classifier:
+        head = cast("ClassifierHead", model.heads[classifier])
+        _write_labels(hf, head.shape.num_labels, labels)
+    dtype_key = "torch_dtype" if "torch_dtype" in hf else "dtype"
+    stored = str(model.dtype).removeprefix("torch.")
+    if hf.get(dtype_key, "float32") != stored or not source:
+        hf[dtype_key] = stored
+    own = model.structure()
+    return {**hf, OWN_KEY: own} if own else hf
+
+
+def _write_labels(hf: dict[str, Any], count: int, labels: Sequence[str] | None) -> None:
+    if labels is None:
+        if len(hf.get("id2label", ())) == count:
+            return
+        labels = [f"LABEL_{i}" for i in range(count)]
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} labels for a head of {count}")
+    hf.pop("num_labels", None)
+    hf["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    hf["label2id"] = {label: i for i, label in enumerate(labels)}

@@ -1,0 +1,222 @@
+"""A trunk with its heads, and what must be remembered of where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lexmill.errors import UserError
+from lexmill.models import families
+from lexmill.models.backbone import Only, Transformer, initialise
+from lexmill.models.config import ModelConfig
+from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
+from lexmill.nn.attention import Attention
+from lexmill.nn.dropout import Dropout
+from lexmill.nn.layout import Layout
+from lexmill.nn.pooling import Pooling, pool
+
+
+@dataclass
+class Origin:
+    """What a model's files say beyond what the model uses, kept so that saving loses nothing.
+
+    Args:
+        config: the Hugging Face config, all keys.
+        prefix: of trunk tensors.
+        names: of trunk tensors that are not named as the family's table has it, by our names.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    prefix: str = ""
+    names: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class Model(nn.Module):
+    """A trunk with named heads.
+
+    Args:
+        family: a name for reading and writing files; nothing here depends on which it is.
+        extras: tensors of the source that the trunk does not use, by their names there; saved bit for bit.
+    """
+
+    def __init__(
+        self,
+        trunk: Transformer,
+        family: str,
+        *,
+        extras: dict[str, Tensor] | None = None,
+        origin: Origin | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict()
+        self.family = family
+        self.extras = extras or {}
+        self.origin = origin or Origin()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.trunk.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.embeddings.token.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.trunk.embeddings.token.weight.dtype
+
+    @property
+    def head_defaults(self) -> ClassifierShape:
+        """The classification head of this family; its `num_labels` is a placeholder, its dropout the trunk's."""
+        return replace(families.find(self.family).classifier, dropout=self.config.dropout)
+
+    @property
+    def pooling(self) -> Pooling:
+        """The vector of a sequence that this family classifies by."""
+        return self.head_defaults.pooling
+
+    @property
+    def has_tied_output(self) -> bool:
+        """Whether a head shares the token embedding, whose gradient then has every row."""
+        return any(isinstance(head, LMHead) and head.tied for head in self.heads.values())
+
+    def matmul_shapes(self) -> list[tuple[int, int]]:
+        """(in, out) of every matrix that each token of the trunk is multiplied by."""
+        return self.trunk.matmul_shapes()
+
+    def trunk_parameters(self) -> int:
+        """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training."""
+        return sum(width * height for width, height in self.matmul_shapes())
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        *,
+        types: Int[Tensor, "*rows"] | None = None,
+        only: Only = "all",
+    ) -> Float[Tensor, "*some_rows dim"]:
+        """The trunk's last hidden state; see `Transformer.forward`."""
+        return self.trunk(ids, positions, layout, types=types, only=only)
+
+    def pooled(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        *,
+        types: Int[Tensor, "*rows"] | None = None,
+        how: Pooling | None = None,
+    ) -> Float[Tensor, "seq dim"]:
+        """One vector a sequence, by this family's pooling where `how` is None. Computes no more than it needs."""
+        how = how or self.pooling
+        if how == "mean":
+            return pool(self.hidden(ids, positions, layout, types=types), layout, how)
+        return self.hidden(ids, positions, layout, types=types, only=how)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        *,
+        types: Int[Tensor, "*rows"] | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> dict[str, Float[Tensor, "*some_rows out"]]:
+        """What heads say, by name; all of them where `heads` is None. The trunk runs once."""
+        names = list(self.heads) if heads is None else list(heads)
+        wants: dict[str, Pooling | None] = {}
+        for name in names:
+            head = self.heads[name]
+            wants[name] = head.shape.pooling if isinstance(head, ClassifierHead) else None
+        if len(set(wants.values())) == 1 and (how := wants[names[0]]) is not None:
+            vector = self.pooled(ids, positions, layout, types=types, how=how)
+            return {name: self.heads[name](vector) for name in names}
+        hidden = self.hidden(ids, positions, layout, types=types)
+        views = {how: hidden if how is None else pool(hidden, layout, how) for how in set(wants.values())}
+        return {name: self.heads[name](views[how]) for name, how in wants.items()}
+
+    def add_head(self, name: str, head: Head) -> None:
+        """Attach a head, on the trunk's device, in its precision and mode. A taken name is a `UserError`."""
+        if name in self.heads:
+            raise UserError(f"the model has a head '{name}' already", hint=f"its heads: {', '.join(self.heads)}")
+        if not name or "." in name:
+            raise UserError(f"'{name}' cannot name a head", hint="use a name without dots")
+        if isinstance(head, LMHead) and head.tied:
+            self.trunk.embeddings.token.sparse = False
+        self.heads[name] = head.to(self.device, self.dtype).train(self.training)
+
+    def add_classifier(self, name: str, num_labels: int, **changes: Any) -> ClassifierHead:
+        """Attach a classification head as this family has it, with `changes` to its `ClassifierShape`.
+
+        A transform starts from the source's pretrained one where there is one of its shape; other weights are drawn
+        from torch's generator.
+        """
+        shape = replace(self.head_defaults, num_labels=num_labels, **changes)
+        head = ClassifierHead(self.config.hidden_size, shape)
+        initialise(head, self.config.initializer_range)
+        if head.transform is not None:
+            self._start(head, "classifier", "transform.")
+        self.add_head(name, head)
+        return head
+
+    def add_stored_classifier(self, name: str) -> ClassifierHead:
+        """Attach the classification head that the source files hold. A `UserError` where they hold none."""
+        source = self.spare("classifier")
+        output = source.get("output.weight")
+        if output is None:
+            raise UserError("the model's files hold no classification head", hint="train one, or name another model")
+        head = ClassifierHead(self.config.hidden_size, replace(self.head_defaults, num_labels=len(output)))
+        self._start(head, "classifier", "")
+        self.add_head(name, head)
+        return head
+
+    def add_language_head(self, name: str) -> LMHead:
+        """Attach the head that predicts tokens: the shared embedding where the config ties it, else the source's own,
+        or one drawn from torch's generator where there is none."""
+        size, vocab = self.config.hidden_size, self.config.vocab_size
+        if self.config.tied_output:
+            head = LMHead(size, vocab, tied=self.trunk.embeddings.token)
+        else:
+            head = LMHead(size, vocab, tied=None)
+            initialise(head, self.config.initializer_range)
+            self._start(head, "lm", "")
+        self.add_head(name, head)
+        return head
+
+    def set_dropout(self, p: float) -> None:
+        """Drop this share of hidden states, attention weights and head inputs in training, in place of the config's."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.p = p
+            elif isinstance(module, Attention):
+                module.dropout = p
+
+    def structure(self) -> dict[str, Any]:
+        """What a Hugging Face config cannot say: per-layer overrides and heads. Empty where there is neither."""
+        found: dict[str, Any] = {}
+        if self.config.layers:
+            found["layers"] = [asdict(layer) for layer in self.config.layers]
+        if self.heads:
+            found["heads"] = {name: cast("Head", head).describe() for name, head in self.heads.items()}
+        return found
+
+    def spare(self, use: families.Use) -> dict[str, Tensor]:
+        """Unused tensors of the source that are this kind of head's, by our names within a head."""
+        table = families.find(self.family).heads.get(use, {})
+        named = {ours: theirs.format(prefix=self.origin.prefix) for ours, theirs in table.items()}
+        return {ours: self.extras[theirs] for ours, theirs in named.items() if theirs in self.extras}
+
+    def _start(self, head: Head, use: families.Use, part: str) -> None:
+        own = dict(head.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.spare(use).items():
+                if name.startswith(part) and name in own and own[name].shape == tensor.shape:
+                    own[name].copy_(tensor)

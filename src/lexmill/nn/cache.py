@@ -1,0 +1,101 @@
+"""Keys and values of tokens already seen, for decoding one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lexmill.nn.layout import Dense, Layout, Packed
+
+
+class LayerCache:
+    """One layer's keys and values, `[seq, capacity, kv_head, dim]`; its owner says where new tokens go."""
+
+    def __init__(self, owner: KVCache, keys: Tensor, values: Tensor) -> None:
+        self.owner = owner
+        self.keys: Float[Tensor, "seq capacity kv_head dim"] = keys
+        self.values: Float[Tensor, "seq capacity kv_head dim"] = values
+
+    def extend(
+        self, keys: Float[Tensor, "tok kv_head dim"], values: Float[Tensor, "tok kv_head dim"]
+    ) -> tuple[Float[Tensor, "*rows kv_head dim"], Float[Tensor, "*rows kv_head dim"], Layout]:
+        """Store new tokens; returns all keys and values so far and their layout."""
+        owner = self.owner
+        self.keys[owner.rows, owner.columns] = keys
+        self.values[owner.rows, owner.columns] = values
+        if isinstance(owner.key_layout, Packed):
+            return keys, values, owner.key_layout
+        width = owner.key_layout.mask.shape[1]
+        return self.keys[:, :width], self.values[:, :width], owner.key_layout
+
+
+class KVCache:
+    """The caches of all layers, for a fixed set of sequences. Grows by doubling. For inference only.
+
+    A forward pass calls `begin`, each layer `extend`s its own part, then `commit` makes the new tokens old ones.
+
+    Args:
+        shapes: (kv_heads, head_dim) of each layer.
+        num_sequences: how many sequences decode together.
+        capacity: tokens a sequence that fit before the first growth.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        num_sequences: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        def empty(kv_heads: int, dim: int) -> Tensor:
+            return torch.zeros(num_sequences, capacity, kv_heads, dim, dtype=dtype, device=device)
+
+        self.capacity = capacity
+        self.device = device or torch.device("cpu")
+        self.lengths: Int[Tensor, "seq"] = torch.zeros(num_sequences, dtype=torch.int64)
+        self.layers = [LayerCache(self, empty(*shape), empty(*shape)) for shape in shapes]
+        self.key_layout: Layout = Packed.of(self.lengths, self.device)
+        self.rows: Int[Tensor, "tok"] = torch.zeros(0, dtype=torch.int64)
+        self.columns: Int[Tensor, "tok"] = torch.zeros(0, dtype=torch.int64)
+        self._after = self.lengths
+
+    def begin(self, layout: Packed) -> None:
+        """Make room for the next tokens of every sequence."""
+        if layout.num_sequences != len(self.lengths):
+            raise ValueError(f"the cache holds {len(self.lengths)} sequences, the tokens are of {layout.num_sequences}")
+        self._after = self.lengths + layout.lengths
+        self._reserve(int(self._after.max()))
+        self.rows = layout.sequence
+        starts = torch.repeat_interleave(self.lengths - layout.offsets[:-1], layout.lengths)
+        self.columns = (starts + torch.arange(layout.num_tokens)).to(self.device)
+        if int(self.lengths.max()) == 0:
+            self.key_layout = layout
+        else:
+            mask = torch.arange(int(self._after.max())) < self._after[:, None]
+            self.key_layout = Dense(mask.to(self.device))
+
+    def commit(self) -> None:
+        """Every layer has stored its tokens."""
+        self.lengths = self._after
+
+    def keep(self, sequences: Int[Tensor, "kept"]) -> None:
+        """Go on with these sequences only."""
+        self.lengths = self.lengths[sequences]
+        index = sequences.to(self.device)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
+
+    def _reserve(self, needed: int) -> None:
+        if needed <= self.capacity:
+            return
+        grown = max(needed, 2 * self.capacity)
+        for layer in self.layers:
+            seq, _, heads, dim = layer.keys.shape
+            extra = layer.keys.new_zeros(seq, grown - self.capacity, heads, dim)
+            layer.keys = torch.cat([layer.keys, extra], 1)
+            layer.values = torch.cat([layer.values, extra], 1)
+        self.capacity = grown

@@ -1,0 +1,155 @@
+"""How the rows of a hidden state are arranged. Only attention, recurrence and pooling look at a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences laid end to end in `[tok, dim]`; sequence `i` holds rows `offsets[i]` to `offsets[i + 1]`.
+
+    `offsets` stays on the CPU: grouping by length reads it as numbers.
+    """
+
+    offsets: Int[Tensor, "bounds"]
+    device: torch.device = CPU
+    plans: dict[int, object] = field(default_factory=dict[int, object], init=False, repr=False, compare=False)
+    """What attention worked out for this layout as queries, by the identity of the layout of the keys."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int] | Int[Tensor, "seq"], device: torch.device | None = None) -> Packed:
+        """The layout of sequences of these lengths."""
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(torch.as_tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
+        return cls(offsets, device or CPU)
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, "seq"]:
+        return self.offsets.diff()
+
+    @cached_property
+    def max_length(self) -> int:
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    @cached_property
+    def single(self) -> Packed:
+        """The layout of one token a sequence: what is left after choosing the first or the last."""
+        return Packed(torch.arange(len(self.offsets)), self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Int[Tensor, "bounds"]:
+        """The offsets as variable-length kernels want them: int32, on the device."""
+        return self.offsets.to(self.device, torch.int32)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def first(self) -> Int[Tensor, "seq"]:
+        """The row of each sequence's first token."""
+        return self.offsets[:-1].to(self.device)
+
+    @cached_property
+    def last(self) -> Int[Tensor, "seq"]:
+        """The row of each sequence's last token."""
+        return (self.offsets[1:] - 1).to(self.device)
+
+    @cached_property
+    def grouped(self) -> Regrouped | None:
+        """The same sequences ordered by length, so that those of equal length are neighbours; None where they are."""
+        values, runs = torch.unique_consecutive(self.lengths).unique(return_counts=True)
+        if len(values) == 0 or int(runs.max()) == 1:
+            return None
+        order = torch.argsort(self.lengths, stable=True)
+        rows = self.rows_of(order)
+        return Regrouped(
+            Packed.of(self.lengths[order], self.device),
+            rows.to(self.device),
+            torch.argsort(rows).to(self.device),
+            torch.argsort(order).to(self.device),
+        )
+
+    def rows_of(self, order: Int[Tensor, "some"]) -> Int[Tensor, "rows"]:
+        """The rows of these sequences, in this order, on the CPU."""
+        lengths = self.lengths[order]
+        ends = lengths.cumsum(0)
+        shift = torch.repeat_interleave(self.offsets[:-1][order] - ends + lengths, lengths)
+        return shift + torch.arange(len(shift))
+
+    @cached_property
+    def padded(self) -> Padded:
+        """Where each row goes when sequences are laid side by side."""
+        column = torch.arange(self.max_length)
+        mask = column < self.lengths[:, None]
+        rows = torch.where(mask, self.offsets[:-1, None] + column, 0)
+        return Padded(rows.to(self.device), mask.flatten().nonzero().flatten().to(self.device), mask.to(self.device))
+
+    @cached_property
+    def sequence(self) -> Int[Tensor, "tok"]:
+        """The sequence that each row belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences), self.lengths).to(self.device)
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """A layout with its sequences in another order.
+
+    Args:
+        rows: for each row of `layout`, the row of the original.
+        restore_rows: the inverse.
+        restore_sequences: for each sequence of the original, its place in `layout`.
+    """
+
+    layout: Packed
+    rows: Int[Tensor, "tok"]
+    restore_rows: Int[Tensor, "tok"]
+    restore_sequences: Int[Tensor, "seq"]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Packed rows laid side by side and back: `rows` picks them (row 0 at the padding), `cells` are the real ones."""
+
+    rows: Int[Tensor, "seq len"]
+    cells: Int[Tensor, "tok"]
+    mask: Bool[Tensor, "seq len"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Sequences side by side in `[seq, len, dim]`, padded at the right; `mask` is True at real tokens.
+
+    For ONNX, per-example gradients, and as the slow, obvious oracle of the packed path.
+    """
+
+    mask: Bool[Tensor, "seq len"]
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, "seq"]:
+        return self.mask.sum(-1)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.mask.shape[0]
+
+    @cached_property
+    def single(self) -> Dense:
+        """The layout of one token a sequence: what is left after choosing the first or the last."""
+        return Dense(self.mask.new_ones(self.mask.shape[0], 1))
+
+
+Layout = Packed | Dense

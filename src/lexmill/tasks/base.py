@@ -1,0 +1,149 @@
+"""What a task is: one file that takes examples to a `Batch`, a model's outputs to answers, and says its schema.
+
+A new task is a subclass in its own file, decorated with `register`. `fit`, `evaluate`, `predict`, `serve` and `verify`
+know tasks only through this class.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from pydantic import BaseModel
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lexmill.data.batch import Batch, Example
+from lexmill.errors import UserError
+from lexmill.models import Model
+from lexmill.tasks.inputs import Arrange, packed
+
+Record = Mapping[str, Any]
+"""One row of data, by column name."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found.
+
+    Args:
+        values: by name, e.g. `accuracy`, `macro_f1`.
+        intervals: 95 % confidence intervals for some of `values`.
+        tables: rows for people and reports, e.g. `per_class`, `confused`.
+    """
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    tables: dict[str, list[dict[str, Any]]]
+
+
+class Task(ABC):
+    """One thing a model can be asked, e.g. `classify`. Final subclasses are frozen: state is set at construction."""
+
+    name: ClassVar[str]
+    """The verb of the route `POST /v1/{name}`, the value of `--task`, and the manifest's `task.name`."""
+    Request: ClassVar[type[BaseModel]]
+    """The body of one HTTP request, holding one or more items."""
+    Answer: ClassVar[type[BaseModel]]
+    """What `render` gives for one item."""
+    Options: ClassVar[type]
+    """A frozen dataclass: what a person may set for this task (`[task]` in a recipe)."""
+    evidence_field: ClassVar[str]
+    """The field of a rendered answer that holds `evidence` where the request set `raw`."""
+    metric: ClassVar[str]
+    """The validation metric that picks the best epoch; higher is better unless `metric_sign` is -1."""
+    metric_sign: ClassVar[int] = 1
+
+    # --- construction: from training data, or from a manifest -------------------------------------------------
+    @classmethod
+    @abstractmethod
+    def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: Any) -> Self:
+        """Learn what the task needs (its labels) from training records, read once in a stream.
+
+        Args:
+            columns: role (`text`, `text_pair`, `label`) to column name.
+            options: an instance of `Options`.
+
+        Raises:
+            UserError: where the records cannot train this task, e.g. with one class only.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The inverse of `state`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that `from_state` needs, as JSON."""
+
+    # --- text to tokens ---------------------------------------------------------------------------------------
+    @abstractmethod
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
+        """Tokenize records. With `labelled`, their labels too; a label unknown to the task is a `UserError`."""
+
+    # --- the model --------------------------------------------------------------------------------------------
+    @abstractmethod
+    def attach(self, model: Model) -> None:
+        """Add the heads this task needs, with new weights drawn from torch's generator."""
+
+    @abstractmethod
+    def forward(self, model: Model, batch: Batch, arrange: Arrange = packed) -> Mapping[str, Tensor]:
+        """Outputs by head. `arrange` lays the streams out for the model: `packed`, or `dense` as the slow oracle."""
+
+    @abstractmethod
+    def item_weights(self, batch: Batch) -> Mapping[str, np.ndarray]:
+        """Per head, the weight of each item's loss: 0 where a label is missing. Known before the forward pass."""
+
+    @abstractmethod
+    def item_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        """Per head, the unreduced loss of each item, in the order of `item_weights`."""
+
+    # --- answers ----------------------------------------------------------------------------------------------
+    @abstractmethod
+    def items(self, request: BaseModel) -> list[Record]:
+        """The records that a request asks about, each carrying the request's options for it."""
+
+    @abstractmethod
+    def answer(self, model: Model, batch: Batch, records: Sequence[Record], tokenizer: Tokenizer) -> list[Any]:
+        """One answer a record, of a type of the task's own. Called under `torch.inference_mode`."""
+
+    @abstractmethod
+    def render(self, answer: Any, request: BaseModel | None = None) -> dict[str, Any]:
+        """What a person or a caller sees of an answer: `predict` prints it, HTTP sends it. Holds `label` and `score`
+        or the task's own answer. A request with `raw` set sees `evidence` as well."""
+
+    @abstractmethod
+    def evidence(self, answer: Any) -> dict[str, float]:
+        """The numbers behind an answer, by name (`head/label` → logit): what `verify` compares. Never rounded."""
+
+    @abstractmethod
+    def probe(self, texts: Sequence[str]) -> BaseModel:
+        """A request with `raw` set, one item a text, for `verify`; a task on pairs gives each text the next as partner,
+        the last one the first."""
+
+    @abstractmethod
+    def evaluate(self, answers: Sequence[Any], records: Sequence[Record]) -> Metrics:
+        """Score answers against labelled records."""
+
+
+_REGISTRY: dict[str, type[Task]] = {}
+T = TypeVar("T", bound=Task)
+
+
+def register(task: type[T]) -> type[T]:
+    """Class decorator: make a task known by its name."""
+    _REGISTRY[task.name] = task
+    return task
+
+
+def find(name: str) -> type[Task]:
+    """The task of this name, or a `UserError` that lists the known ones."""
+    if name not in _REGISTRY:
+        raise UserError(f"unknown task '{name}'", hint=f"known tasks: {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+

@@ -1,0 +1,312 @@
+"""Text classification: one label, several labels, pairs of texts, or several heads over one trunk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Lt
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexmill.data.batch import Batch, Example, Tokens
+from lexmill.data.check import labels_in
+from lexmill.errors import UserError
+from lexmill.models import Model
+from lexmill.tasks import scoring
+from lexmill.tasks.base import Metrics, Record, Task, register
+from lexmill.tasks.inputs import Arrange, packed
+
+MAX_LABELS = 10_000
+
+
+@dataclass(frozen=True)
+class ClassifyOptions:
+    """What may be set for `classify`.
+
+    Args:
+        max_length: tokens a text (or pair) is cut to, special tokens included.
+        multi_label: a record has any number of labels: a list, or a string with `|` between them.
+        heads: label columns, each with a head of its own over one trunk; a record may lack some. Empty: the one
+            label column.
+        class_weights: `balanced` weighs a class by the inverse of its share (King and Zeng, 2001, as used by
+            scikit-learn).
+        threshold: with `multi_label`, the probability from which a label is given.
+    """
+
+    max_length: Annotated[int, Ge(3)] = 128
+    multi_label: bool = False
+    heads: tuple[str, ...] = ()
+    class_weights: Literal["none", "balanced"] = "none"
+    threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
+
+
+@dataclass(frozen=True)
+class Head:
+    """One question asked of a text: the labels in the order of the logits, and the weight of each in the loss."""
+
+    name: str
+    column: str
+    labels: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+class ClassifyRequest(BaseModel):
+    """Texts to classify. An item is a text, or a list of two where the model was trained on pairs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: list[str | list[str]] = Field(min_length=1, description="One text an item, or [text, text_pair].")
+    top_k: int = Field(default=1, ge=1, description="How many labels to return, best first, where it is more than 1.")
+    raw: bool = Field(default=False, description="Return the logit of every label too.")
+
+
+class LabelScore(BaseModel):
+    """A label and its probability."""
+
+    label: str
+    score: float
+
+
+class ClassifyAnswer(BaseModel):
+    """The answer to one text. With several heads, `label` and `score` stand under each head's name in `heads`."""
+
+    label: str | None = None
+    score: float | None = None
+    labels: list[LabelScore] | None = Field(default=None, description="Multi-label, or top_k > 1.")
+    heads: dict[str, ClassifyAnswer] | None = None
+    logits: dict[str, float] | None = Field(default=None, description="With `raw`: head/label to logit.")
+
+
+Logits = Mapping[str, np.ndarray]
+"""The answer of this task inside the process: per head, the logit of every label, float32."""
+
+
+@register
+class Classify(Task):
+    """Single-label, multi-label and multi-head classification of texts and pairs of texts."""
+
+    name = "classify"
+    Request = ClassifyRequest
+    Answer = ClassifyAnswer
+    Options = ClassifyOptions
+    metric: ClassVar[str] = "accuracy"
+
+    def __init__(self, columns: Mapping[str, str], heads: Sequence[Head], options: ClassifyOptions) -> None:
+        self.columns = dict(columns)
+        self.heads = {head.name: head for head in heads}
+        self.options = options
+        self._index = {head.name: {label: i for i, label in enumerate(head.labels)} for head in heads}
+
+    # --- construction -----------------------------------------------------------------------------------------
+    @classmethod
+    def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: ClassifyOptions) -> Self:
+        head_columns = options.heads or (columns.get("label", "label"),)
+        counts: dict[str, Counter[str]] = {column: Counter() for column in head_columns}
+        for record in records:
+            for column, counter in counts.items():
+                counter.update(_labels_of(record, column, multi=options.multi_label))
+        for column, counter in counts.items():
+            if len(counter) < 2:
+                found = f"only '{next(iter(counter))}'" if counter else "no label"
+                raise UserError(
+                    f"column '{column}' holds {found}; a classifier needs at least two classes",
+                    hint="name the label column with --label",
+                )
+            if len(counter) > MAX_LABELS:
+                raise UserError(
+                    f"column '{column}' holds {len(counter)} distinct labels, more than {MAX_LABELS}",
+                    hint="is this column free text? name the label column with --label",
+                )
+        names = head_columns if options.heads else ("label",)
+        heads = [
+            Head(name, column, tuple(sorted(counter)), _class_weights(counter, options.class_weights))
+            for name, (column, counter) in zip(names, counts.items(), strict=True)
+        ]
+        return cls(columns, heads, options)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        heads = [
+            Head(head["name"], head["column"], tuple(head["labels"]), tuple(head["weights"]))
+            for head in state["heads"]
+        ]
+        options = {**state["options"], "heads": tuple(state["options"]["heads"])}
+        return cls(state["columns"], heads, ClassifyOptions(**options))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "columns": self.columns,
+            "heads": [
+                {"name": h.name, "column": h.column, "labels": list(h.labels), "weights": list(h.weights)}
+                for h in self.heads.values()
+            ],
+            "options": {**asdict(self.options), "heads": list(self.options.heads)},
+        }
+
+    # --- text to tokens ---------------------------------------------------------------------------------------
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
+        tokenizer.enable_truncation(self.options.max_length)
+        texts = [self._text(record) for record in records]
+        encodings = tokenizer.encode_batch_fast(texts)
+        examples: list[Example] = []
+        for record, encoding in zip(records, encodings, strict=True):
+            ids = np.array(encoding.ids, np.int64)
+            types = np.array(encoding.type_ids, np.int64) if "text_pair" in self.columns else None
+            labels = self._labels(record) if labelled else {}
+            examples.append(Example({"source": (Tokens(ids, types),)}, labels))
+        return examples
+
+    def _text(self, record: Record) -> str | tuple[str, str]:
+        text = _string(record, self.columns["text"])
+        if "text_pair" not in self.columns:
+            return text
+        return text, _string(record, self.columns["text_pair"])
+
+    def _labels(self, record: Record) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for head in self.heads.values():
+            given = _labels_of(record, head.column, multi=self.options.multi_label)
+            index = self._index[head.name]
+            for label in given:
+                if label not in index:
+                    raise UserError(
+                        f"label '{label}' of column '{head.column}' was not seen in training",
+                        hint=f"known labels: {', '.join(head.labels[:10])}{', …' if len(head.labels) > 10 else ''}",
+                    )
+            if self.options.multi_label:
+                if record.get(head.column) is not None:
+                    target = np.zeros(len(head.labels), np.float32)
+                    target[[index[label] for label in given]] = 1
+                    found[head.name] = target
+            elif given:
+                found[head.name] = np.int64(index[given[0]])
+        return found
+
+    # --- the model --------------------------------------------------------------------------------------------
+    def attach(self, model: Model) -> None:
+        for head in self.heads.values():
+            model.add_classifier(head.name, len(head.labels))
+
+    def forward(self, model: Model, batch: Batch, arrange: Arrange = packed) -> Mapping[str, Tensor]:
+        ids, positions, types, layout = arrange(batch.streams["source"], model.device)
+        return model(ids, positions, layout, types=types, heads=list(self.heads))
+
+    def item_weights(self, batch: Batch) -> Mapping[str, np.ndarray]:
+        weights: dict[str, np.ndarray] = {}
+        for head in self.heads.values():
+            by_class = np.array(head.weights, np.float32)
+            labels = batch.labels[head.name]
+            item = labels @ by_class / np.maximum(labels.sum(-1), 1) if self.options.multi_label else by_class[labels]
+            if self.options.multi_label:
+                item = np.where(labels.sum(-1) > 0, item, 1).astype(np.float32)
+            weights[head.name] = np.where(batch.masks[head.name], item * batch.weight, 0).astype(np.float32)
+        return weights
+
+    def item_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for name in self.heads:
+            logits = outputs[name]
+            target = torch.from_numpy(batch.labels[name]).to(logits.device)
+            if self.options.multi_label:
+                each = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+                losses[name] = each.mean(-1)
+            else:
+                losses[name] = F.cross_entropy(logits, target, reduction="none")
+        return losses
+
+    # --- answers ----------------------------------------------------------------------------------------------
+    def items(self, request: BaseModel) -> list[Record]:
+        assert isinstance(request, ClassifyRequest)
+        return [self._record(item, where=f"texts[{i}]") for i, item in enumerate(request.texts)]
+
+    def probe(self, texts: Sequence[str]) -> BaseModel:
+        if "text_pair" not in self.columns:
+            return ClassifyRequest(texts=list(texts), raw=True)
+        return ClassifyRequest(texts=[list(pair) for pair in zip(texts, [*texts[1:], texts[0]], strict=True)], raw=True)
+
+    def _record(self, item: str | list[str], where: str) -> Record:
+        pair = "text_pair" in self.columns
+        if pair and (isinstance(item, str) or len(item) != 2):
+            raise UserError("this model classifies pairs of texts", where=where, hint='give ["first", "second"]')
+        if not pair and not isinstance(item, str):
+            raise UserError("this model classifies single texts", where=where, hint="give one string")
+        if isinstance(item, str):
+            return {self.columns["text"]: item}
+        return {self.columns["text"]: item[0], self.columns["text_pair"]: item[1]}
+
+    def answer(self, model: Model, batch: Batch, records: Sequence[Record], tokenizer: Tokenizer) -> list[Logits]:
+        outputs = {name: logits.float().cpu().numpy() for name, logits in self.forward(model, batch).items()}
+        return [{name: logits[i] for name, logits in outputs.items()} for i in range(len(records))]
+
+    def render(self, answer: Logits, request: BaseModel | None = None) -> dict[str, Any]:
+        request = request if isinstance(request, ClassifyRequest) else ClassifyRequest(texts=[""])
+        by_head = {name: self._render_head(self.heads[name], logits, request) for name, logits in answer.items()}
+        shown = by_head["label"] if list(by_head) == ["label"] else {"heads": by_head}
+        return {**shown, "logits": self.evidence(answer)} if request.raw else shown
+
+    def _render_head(self, head: Head, logits: np.ndarray, request: ClassifyRequest) -> dict[str, Any]:
+        probabilities = self.probabilities(logits)
+        order = np.argsort(-probabilities, kind="stable")
+        ranked = [{"label": head.labels[i], "score": float(probabilities[i])} for i in order[: request.top_k]]
+        if self.options.multi_label:
+            given = [i for i in order if probabilities[i] >= self.options.threshold]
+            return {"labels": [{"label": head.labels[i], "score": float(probabilities[i])} for i in given]}
+        return {**ranked[0], "labels": ranked} if request.top_k > 1 else ranked[0]
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Softmax of logits `[..., label]`, or with `multi_label` a sigmoid of each."""
+        if self.options.multi_label:
+            return np.exp(-np.logaddexp(0, -logits))
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        return shifted / shifted.sum(-1, keepdims=True)
+
+    def evidence(self, answer: Logits) -> dict[str, float]:
+        return {
+            f"{name}/{label}": float(logit)
+            for name, logits in answer.items()
+            for label, logit in zip(self.heads[name].labels, logits, strict=True)
+        }
+
+    def evaluate(self, answers: Sequence[Logits], records: Sequence[Record]) -> Metrics:
+        labels = [self._labels(record) for record in records]
+        found: dict[str, Metrics] = {}
+        for name, head in self.heads.items():
+            rows = [(a[name], label[name]) for a, label in zip(answers, labels, strict=True) if name in label]
+            if not rows:
+                raise UserError(f"no record has a label in column '{head.column}'", hint="name it with --label")
+            probabilities = self.probabilities(np.stack([logits for logits, _ in rows]))
+            gold = np.stack([label for _, label in rows])
+            if self.options.multi_label:
+                found[name] = scoring.multi_label(probabilities, gold, head.labels, self.options.threshold)
+            else:
+                found[name] = scoring.single_label(probabilities, gold, head.labels)
+        return found["label"] if list(found) == ["label"] else scoring.combine(found)
+
+
+def _class_weights(counts: Counter[str], how: str) -> tuple[float, ...]:
+    total = sum(counts.values())
+    return tuple(total / (len(counts) * counts[label]) if how == "balanced" else 1.0 for label in sorted(counts))
+
+
+def _string(record: Record, column: str) -> str:
+    value = record.get(column)
+    if value is None:
+        raise UserError(f"a record has no '{column}'", hint=f"it has: {', '.join(map(str, record))}")
+    return value if isinstance(value, str) else str(value)
+
+
+def _labels_of(record: Record, column: str, *, multi: bool) -> list[str]:
+    value = record.get(column)
+    if isinstance(value, (list, tuple)) and not multi:
+        raise UserError(
+            f"a record has a list in column '{column}': {value!r}",
+            hint="for several labels a record, give --set options.multi_label=true",
+        )
+    return labels_in(value, multi=multi)

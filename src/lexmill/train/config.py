@@ -1,0 +1,53 @@
+"""What may be set for a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. The defaults fine-tune an encoder of 20 to 100 M parameters.
+
+    Args:
+        epochs: passes over the training data.
+        seed: fixes new weights, data order and dropout.
+        batch_size: examples per optimiser step, whatever their length.
+        learning_rate: the peak of the schedule.
+        schedule: the learning rate after warm-up: `linear` or `cosine` to 0, or `constant`.
+        warmup: share of the steps in which the learning rate rises from 0 to its peak.
+        weight_decay: of matrices and embeddings; biases and norms are never decayed (Loshchilov and Hutter, 2019).
+        beta1, beta2, epsilon: of AdamW.
+        max_grad_norm: gradients are scaled down to this global L2 norm; 0 turns clipping off.
+        dropout: of hidden states and attention weights, in place of the model's own.
+        precision: `fp32`, or `bf16` for the arithmetic with weights and optimiser state in fp32.
+        token_budget: tokens computed at once; a larger batch is cut into micro-batches, which changes speed and
+            memory, never the result.
+        length_window: batches are cut from this many batches' worth of examples sorted by length; 1 is a fully
+            random order.
+        patience: stop after this many epochs without a better validation metric; needs validation data.
+        checkpoint_every: steps between checkpoints; 0 for one an epoch.
+        keep_checkpoints: how many of the latest checkpoints stay on disk.
+    """
+
+    epochs: Annotated[int, Ge(1)] = 4
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    batch_size: Annotated[int, Ge(1)] = 32
+    learning_rate: Annotated[float, Gt(0)] = 3e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Ge(0), Lt(1)] = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
+    epsilon: Annotated[float, Gt(0)] = 1e-8
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    dropout: Annotated[float, Ge(0), Lt(1)] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    token_budget: Annotated[int, Ge(1)] = 4096
+    length_window: Annotated[int, Ge(1)] = 50
+    patience: Annotated[int, Ge(1)] | None = None
+    checkpoint_every: Annotated[int, Ge(0)] = 0
+    keep_checkpoints: Annotated[int, Ge(1), Le(1000)] = 2

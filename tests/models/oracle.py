@@ -1,0 +1,91 @@
+"""Random reference models of `transformers`, and how far ours are from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexmill.nn import Dense, Packed
+
+BERTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one_layer_no_pairs": {"num_hidden_layers": 1, "type_vocab_size": 1, "hidden_act": "relu"},
+    "tanh_gelu_wide": {"hidden_act": "gelu_new", "intermediate_size": 100, "layer_norm_eps": 1e-5},
+}
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "plain_untied": {},
+    "grouped_tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "one_kv_head_wide_heads": {"num_key_value_heads": 1, "head_dim": 24},
+    "biased": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-5},
+    "llama3_rope": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+}
+
+LENGTHS = [7, 3, 12, 3, 7, 1]
+
+
+def reference(kind: str, head: str = "", **changes: Any) -> Any:
+    """A random model: `kind` is `Bert` or `Llama`, `head` the end of its class's name."""
+    import transformers
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    model = getattr(transformers, f"{kind}{head or 'Model'}")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower() or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def stored(model: Any, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    return directory
+
+
+class Texts:
+    """Random sequences, packed and padded. Id 0 is padding only."""
+
+    def __init__(self, lengths: list[int] = LENGTHS, vocab: int = 97, types: int = 2) -> None:
+        self.layout = Packed.of(lengths)
+        total = self.layout.num_tokens
+        self.ids = torch.randint(1, vocab, (total,))
+        self.types = torch.randint(0, types, (total,))
+        self.positions = torch.arange(total) - self.layout.offsets[:-1][self.layout.sequence]
+        rows, self.mask = self.layout.padded.rows, self.layout.padded.mask
+        self.dense_ids = self.ids[rows] * self.mask
+        self.dense_types = self.types[rows] * self.mask
+        self.dense_positions = torch.arange(rows.shape[1]).expand_as(rows)
+        self.dense_layout = Dense(self.mask)
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Packed]:
+        return self.ids, self.positions, self.layout
+
+    @property
+    def dense(self) -> tuple[Tensor, Tensor, Dense]:
+        return self.dense_ids, self.dense_positions, self.dense_layout
+
+    def rows(self, padded: Tensor) -> Tensor:
+        return padded.flatten(0, 1)[self.layout.padded.cells]
+
+
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """max |a - b| / max |b|"""
+    assert ours.shape == theirs.shape
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())

@@ -97,6 +97,7 @@ class Classify(Task):
     Answer = ClassifyAnswer
     Options = ClassifyOptions
     metric: ClassVar[str] = "accuracy"
+    evidence_field: ClassVar[str] = "logits"
 
     def __init__(self, columns: Mapping[str, str], heads: Sequence[Head], options: ClassifyOptions) -> None:
         self.columns = dict(columns)

@@ -90,6 +90,7 @@ class Generate(Task):
     Options = GenerateOptions
     metric: ClassVar[str] = "loss"
     metric_sign: ClassVar[int] = -1
+    evidence_field: ClassVar[str] = "logprobs"
 
     def __init__(self, columns: Mapping[str, str], options: GenerateOptions) -> None:
         self.columns = dict(columns)

@@ -1,0 +1,5 @@
+"""Artefacts behind HTTP. Needs the extra `serve`."""
+
+from lexmill.serve.server import serve
+
+__all__ = ["serve"]

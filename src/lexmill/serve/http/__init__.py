@@ -1,0 +1,1 @@
+"""The HTTP surface, generated from the schemas of tasks."""

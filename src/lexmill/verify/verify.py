@@ -1,0 +1,131 @@
+"""Whether an artefact, loaded anew and asked over HTTP, still gives the answers of the model that was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lexmill.artifact import Artifact
+from lexmill.errors import UserError
+from lexmill.evaluate.probes import FILE, FORMAT
+from lexmill.verify.compare import TOLERANCE, Check, compare
+from lexmill.verify.processes import ProcessFailed, ask, reload, served
+
+TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found, check by check. It ends with the step at which it fails."""
+
+    artifact: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def lines(self) -> list[str]:
+        """For people: one line a check, and the verdict."""
+        width = max(len(check.name) for check in self.checks)
+        lines = [f"{'ok  ' if check.ok else 'FAIL'} {check.name:<{width}}  {check.detail}" for check in self.checks]
+        return [*lines, "verified" if self.ok else "NOT verified: do not serve this artefact"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "artifact": self.artifact,
+            "ok": self.ok,
+            "tolerance": TOLERANCE,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def verify(path: Path | str, *, timeout: float = TIMEOUT) -> Verification:
+    """Compare trained = stored = reloaded = served.
+
+    Args:
+        path: an artefact.
+        timeout: seconds that each of the processes it starts, and each request, may take.
+
+    Raises:
+        UserError: where `path` is no artefact at all, or one without probes to compare with.
+        MissingExtra: where `serve` is not installed.
+    """
+    artifact = Artifact.open(Path(path), check=False)
+    return Verification(str(path), tuple(_checks(artifact, timeout)))
+
+
+def _checks(artifact: Artifact, timeout: float) -> Iterator[Check]:
+    files = _files(artifact)
+    yield files
+    if not files.ok:
+        return
+    stored = _stored(artifact.path / FILE)
+    records = [probe["record"] for probe in stored["probes"]]
+    trained = [probe["evidence"] for probe in stored["probes"]]
+    try:
+        found = reload(artifact.path, timeout)
+    except ProcessFailed as fault:
+        yield Check("trained = reloaded", False, str(fault))
+        return
+    loaded = (
+        _weights(artifact.manifest.weights, found["weights"]),
+        compare("trained = reloaded", records, trained, found["evidence"]),
+        _inputs(records, found["records"]),
+    )
+    yield from loaded
+    if not all(check.ok for check in loaded):
+        return
+    try:
+        with served(artifact.path, timeout) as url:
+            answers = ask(f"{url}/v1/{found['task']}?timeout={timeout}", stored["request"], timeout)
+    except ProcessFailed as fault:
+        yield Check("trained = served", False, str(fault))
+        return
+    yield compare("trained = served", records, trained, [answer[found["evidence_field"]] for answer in answers])
+
+
+def _files(artifact: Artifact) -> Check:
+    try:
+        artifact.check()
+    except UserError as fault:
+        return Check("files", False, str(fault))
+    count = len(artifact.manifest.files)
+    return Check("files", True, f"{count} files have the size and hash the manifest says", count)
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError("there are no probes to compare with", where=str(file), hint="`lexmill fit` stores them")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored["format"] != FORMAT:
+        raise UserError(f"probes of the unknown format {stored['format']}", where=str(file), hint="upgrade Lexmill")
+    return stored
+
+
+def _weights(trained: Mapping[str, str], loaded: Mapping[str, str]) -> Check:
+    name = "trained weights = loaded weights"
+    for tensor in sorted(trained.keys() | loaded.keys()):
+        if trained.get(tensor) != loaded.get(tensor):
+            how = "differs" if tensor in trained and tensor in loaded else "is in only one of the two"
+            return Check(name, False, f"tensor {tensor} {how}", len(trained))
+    return Check(name, True, f"{len(trained)} tensors are equal bit by bit", len(trained))
+
+
+def _inputs(trained: list[Any], loaded: list[Any]) -> Check:
+    """A request must reach the model as it did in training: same columns, same order of a pair."""
+    name = "requests are read as in training"
+    if len(trained) != len(loaded):
+        return Check(name, False, f"the request is read as {len(loaded)} items, in training as {len(trained)}")
+    for i, (want, got) in enumerate(zip(trained, loaded, strict=True)):
+        if want != got:
+            return Check(name, False, f"probe {i} is read as {_short(got)}, in training as {_short(want)}", i)
+    return Check(name, True, f"{len(trained)} probes", len(trained))
+
+
+def _short(record: Mapping[str, Any]) -> str:
+    return repr({key: value if len(str(value)) < 40 else f"{str(value)[:40]}…" for key, value in record.items()})

@@ -18,6 +18,7 @@ from lexmill.errors import MissingExtra
 from lexmill.evaluate import plots
 from lexmill.evaluate.report import Report, render, write_report
 from lexmill.tasks.base import Metrics
+from lexmill.tasks.scoring import single_label
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = (
@@ -68,14 +69,14 @@ def train(epochs: int, size: int = 1 << 11, batch: int = 64) -> tuple[list[dict[
         events.append({
             "phase": "train", "step": step, "total_steps": total, "epoch": step / per_epoch, "loss": loss,
             "grad_norm": float(np.linalg.norm(p)), "learning_rate": rate, "seconds": seconds,
-            "examples_per_s": batch / seconds, "tokens_per_s": 16.2 * batch / seconds, "ceiling_share": 0.61,
+            "examples_per_second": batch / seconds, "tokens_per_second": 16.2 * batch / seconds, "ceiling_share": 0.61,
             "positions_per_token": 1.0, "peak_memory": 812 * 2**20,
         })  # fmt: skip
         if (step + 1) % per_epoch == 0:
             accuracy = float((softmax(x_test @ weight).argmax(-1) == y_test).mean())
             epoch = (step + 1) // per_epoch
             events.append({"phase": "validate", "step": step + 1, "epoch": epoch, "accuracy": accuracy})
-    return events, score(softmax(x_test @ weight), y_test, labels)
+    return events, single_label(softmax(x_test @ weight), y_test, labels)
 
 
 def hash_of(word: str) -> int:
@@ -85,37 +86,6 @@ def hash_of(word: str) -> int:
 def softmax(logits: np.ndarray) -> np.ndarray:
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
-
-
-def score(p: np.ndarray, gold: np.ndarray, labels: list[str]) -> Metrics:
-    said, sure = p.argmax(-1), p.max(-1)
-    table = np.zeros((len(labels), len(labels)), int)
-    np.add.at(table, (gold, said), 1)
-    hits, support, claimed = np.diag(table), table.sum(1), table.sum(0)
-    recall, precision = hits / support, hits / np.maximum(claimed, 1)
-    f1 = 2 * hits / (support + claimed)
-    per_class = [
-        {"label": name, "precision": float(a), "recall": float(b), "f1": float(c), "support": int(n)}
-        for name, a, b, c, n in zip(labels, precision, recall, f1, support, strict=True)
-    ]
-    pairs = sorted(((table[i, j], i, j) for i, j in np.argwhere(table) if i != j), reverse=True)[:20]
-    confused = [
-        {"gold": labels[i], "predicted": labels[j], "count": int(n), "share": float(n / support[i])} for n, i, j in pairs
-    ]
-    calibration, ece = [], 0.0
-    for k in range(10):
-        mask = (sure > k / 10) & (sure <= (k + 1) / 10)
-        right, mean = ((said == gold)[mask].mean(), sure[mask].mean()) if mask.any() else (0.0, 0.0)
-        ece += mask.mean() * abs(right - mean)
-        row = {"low": k / 10, "high": (k + 1) / 10, "count": int(mask.sum())}
-        calibration.append({**row, "accuracy": float(right), "confidence": float(mean)})
-    accuracy = float((said == gold).mean())
-    half = 1.96 * (accuracy * (1 - accuracy) / len(gold)) ** 0.5
-    return Metrics(
-        {"accuracy": accuracy, "macro_f1": float(f1.mean()), "ece": float(ece), "nll": float(-np.log(p[range(len(gold)), gold]).mean())},
-        {"accuracy": (accuracy - half, accuracy + half), "macro_f1": (accuracy - half, accuracy + half)},
-        {"per_class": per_class, "confused": confused, "calibration": calibration},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +124,7 @@ def hostile(report: Report) -> Report:
     for i, row in enumerate(tables["per_class"]):
         row["label"] = HOSTILE[i % len(HOSTILE)]
     for i, row in enumerate(tables["confused"]):
-        row["gold"], row["predicted"] = HOSTILE[i % len(HOSTILE)], HOSTILE[(i + 1) % len(HOSTILE)]
+        row["truth"], row["predicted"] = HOSTILE[i % len(HOSTILE)], HOSTILE[(i + 1) % len(HOSTILE)]
     tables[HOSTILE[0].replace("/", "|")] = [{HOSTILE[1]: HOSTILE[2]}]
     finding = {"severity": HOSTILE[1], "code": "x", "message": HOSTILE[0], "count": 1, "examples": list(HOSTILE)}
     validation = {"phase": "validate", "step": 9, "epoch": 1, HOSTILE[0]: 0.5}
@@ -203,7 +173,7 @@ def test_plots_name_the_mistakes_and_carry_a_description(report: Report) -> None
     drawings = re.findall(r'<svg [^>]*role="img"[^>]*aria-label="([^"]+)"', page)
     assert len(drawings) == 4
     first = report.metrics.tables["confused"][0]
-    assert f"{plots.shortened(first['gold'], 34)} → {plots.shortened(first['predicted'], 34)}" in page
+    assert f"{plots.shortened(first['truth'], 34)} → {plots.shortened(first['predicted'], 34)}" in page
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
@@ -251,7 +221,7 @@ def test_heads_are_told_apart(report: Report) -> None:
 
 
 def test_a_resumed_step_counts_once() -> None:
-    train = {"phase": "train", "learning_rate": 1e-3, "seconds": 1.0, "tokens_per_s": 100.0}
+    train = {"phase": "train", "learning_rate": 1e-3, "seconds": 1.0, "tokens_per_second": 100.0}
     events = [{**train, "step": step, "loss": loss} for step, loss in ((0, 4.0), (1, 9.0), (1, 3.0), (2, 2.0))]
     text = text_of(render(Report("Resumed", {}, events, None, None)))
     assert "Over 3 steps the loss went from 4 to 2." in text

@@ -93,6 +93,10 @@ def _labels(state: dict[str, Any], head: str) -> Iterator[tuple[str, list[str]]]
             yield from ((name, [str(label) for label in names]) for name, names in heads.items())
         elif isinstance(value, dict):
             yield from _labels(cast("dict[str, Any]", value), head if key == "heads" else key)
+        elif isinstance(value, list):
+            for entry in cast("list[Any]", value):
+                if isinstance(entry, dict):
+                    yield from _labels(cast("dict[str, Any]", entry), str(entry.get("name", head)))
 
 
 def _code(label: str) -> str:
@@ -100,4 +104,8 @@ def _code(label: str) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        value = "; ".join(f"{key} {_cell(inner)}" for key, inner in cast("dict[str, object]", value).items())
+    elif isinstance(value, list):
+        value = ", ".join(map(_cell, cast("list[object]", value)))
     return str(value).replace("|", "\\|").replace("\n", " ")

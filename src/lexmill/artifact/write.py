@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lexmill.artifact import tree
 from lexmill.artifact.manifest import FILE_NAME, Manifest, parse
-from lexmill.errors import UserError
+from lexmill.errors import Failure, UserError
 
 
 class Writer:
@@ -57,17 +57,20 @@ def create(out: Path, *, resume: bool = False, discard_on_error: bool = False) -
     """Write a new artefact at `out`.
 
     When the block ends well, every file is hashed and synced, the manifest is written last, and one rename makes the
-    artefact appear. When it raises, `OUT.partial/` stays, to be resumed.
+    artefact appear. When it raises, `OUT.partial/` stays where it holds a checkpoint or an earlier run's files, to be
+    resumed; otherwise it is deleted.
 
     Args:
         resume: continue in the `OUT.partial/` that an earlier run left. Without one, a new run starts.
-        discard_on_error: delete `OUT.partial/` when the block raises, for work that is cheap to repeat.
+        discard_on_error: delete `OUT.partial/` when the block raises in any case, for work that is cheap to repeat.
 
     Raises:
-        UserError: where `out` exists, where a partial run exists and `resume` is not set, where another process
-            writes it, or where the disk is full.
+        UserError: where `out` exists, where a partial run exists and `resume` is not set, or where another process
+            writes it.
+        Failure: where the disk is full.
     """
     writer = Writer(Path(os.path.abspath(out)))
+    earlier = writer.partial.exists()
     with _disk_full_named(writer.partial), _locked(writer, resume):
         if resume:
             writer.manifest = _finished(writer.partial)
@@ -75,7 +78,8 @@ def create(out: Path, *, resume: bool = False, discard_on_error: bool = False) -
             yield writer
             _commit(writer)
         except BaseException:
-            if discard_on_error and writer.partial.is_dir():
+            resumable = earlier or any(writer.partial.glob(f"{tree.CHECKPOINTS}/*"))
+            if (discard_on_error or not resumable) and writer.partial.is_dir():
                 shutil.rmtree(writer.partial)
             raise
 
@@ -160,7 +164,7 @@ def _disk_full_named(partial: Path) -> Generator[None]:
     except Exception as error:
         if is_disk_full(error):
             hint = "free some space there and continue with --resume; nothing half-written was put in place"
-            raise UserError("disk full", where=str(partial), hint=hint) from error
+            raise Failure("disk full", where=str(partial), hint=hint) from error
         raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,30 +30,28 @@ def fit(
     batch_size: Annotated[int | None, typer.Option(help="Examples per optimiser step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text is cut to.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes weights, order, dropout.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes new weights, data order and dropout.")] = None,
     encoding: Annotated[str | None, typer.Option(help="Of text files; utf-8 otherwise.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key; may be repeated.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Fine-tune a model on labelled text and write an artefact."""
-    from lexmill.config import load
+    from lexmill import api
     from lexmill.errors import UserError
-    from lexmill.fit import FitConfig, fit
 
     if out is None:
         raise UserError("where should the artefact go?", where="command line", hint="give --out runs/NAME")
-    flags: dict[str, Any] = {
-        "data.train": train, "data.test": test, "data.validation": validation, "data.text": text,
-        "data.text_pair": text_pair, "data.label": label, "data.encoding": encoding,
-        "data.skip_bad": True if skip_bad else None, "task": task, "model": model, "train.epochs": epochs,
-        "train.batch_size": batch_size, "train.learning_rate": learning_rate, "train.seed": seed,
-        "options.max_length": max_length,
-    }  # fmt: skip
-    loaded = load(FitConfig, file=config, sets=set_ or [], flags=flags)
-    result = fit(loaded.value, out, resume=resume, watch=output.watch(quiet=quiet or json), origins=loaded.origins)
+    result = api.fit(
+        train, out=out, config=config, task=task, model=model, test=test, validation=validation, text=text,
+        text_pair=text_pair, label=label, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        max_length=max_length, seed=seed, encoding=encoding, skip_bad=skip_bad, set=set_ or [], resume=resume,
+        watch=output.watch(quiet=quiet or json),
+    )  # fmt: skip
     output.show(result.to_dict() if json else result.lines(), json=json)
 
 
@@ -62,7 +60,7 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """The main job on bundled data: fine-tune, evaluate, verify, serve, ask, report."""
+    """Do the whole job on bundled data. Fine-tunes, evaluates, verifies, serves, asks three questions and reports."""
     from lexmill.cli.demo import demo
 
     demo(out, epochs=epochs, watch=output.watch(quiet=quiet))

@@ -20,17 +20,17 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Print what an artefact is, was made from and can do."""
-    from lexmill.artifact import Artifact, describe
+    from lexmill.artifact import Artifact, describe, summary
 
     opened = Artifact.open(artifact)
-    output.show(opened.manifest.to_dict() if json else describe(opened), json=json)
+    output.show(summary(opened) if json else describe(opened), json=json)
 
 
 def verify(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Check number by number that what was trained is what is stored and served."""
+    """Check that what was trained is what is served. Compares trained, stored, reloaded, served number by number."""
     from lexmill.verify import verify
 
     found = verify(artifact)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as codec
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def watch(*, quiet: bool) -> Watch:
 
 
 @contextmanager
-def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def counter(what: str, *, quiet: bool) -> Generator[Callable[[int], None] | None]:
     """A count of rows done, on standard error, where that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None

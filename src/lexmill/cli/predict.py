@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from lexmill.artifact.write import is_disk_full
 from lexmill.data import open_source, read_lines
 from lexmill.data.sources import Row
 from lexmill.engine import TorchEngine
-from lexmill.errors import UserError
+from lexmill.errors import Failure, UserError
+
+_CHUNK = 1024
+_MOST_WAITING = 256
 
 
 def predict(
@@ -27,51 +34,120 @@ def predict(
     """Answer the rows of a file or of standard input in order. With `out`, the file appears only when it is whole."""
     if out is not None and out.exists():
         raise UserError("already exists", where=str(out), hint="give another --out, or remove it")
-    engine = TorchEngine(artifact)
     if data == "-":
-        rows, chunk = read_lines(sys.stdin.buffer, encoding=encoding), 1 if sys.stdin.isatty() else 256
+        name, groups = "stdin", _as_they_come(_standard_input(encoding))
     else:
-        rows, chunk = iter(open_source(data, encoding=encoding, skip_bad=skip_bad)), 1024
-    asked = _renamed(rows, engine, columns)
+        name, groups = data, _in_chunks(open_source(data, encoding=encoding, skip_bad=skip_bad))
+    engine = TorchEngine(artifact)
+    answers = _answers(engine, groups, columns, lambda line: f"{name}:{line}")
     if out is None:
-        _write(engine, asked, chunk, sys.stdout)
-        return
+        _write(answers, sys.stdout)
+    else:
+        _write_whole(answers, out)
+
+
+def _standard_input(encoding: str) -> Iterator[Row]:
+    # A file of its own: while a thread waits in it, `sys.stdin` could not be closed at exit.
+    with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
+        yield from read_lines(stream, encoding=encoding)
+
+
+def _in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, _CHUNK)):
+        yield chunk
+
+
+def _as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Whatever rows have arrived, so that nobody who types or pipes a line waits for the next one."""
+    waiting: queue.Queue[Row | BaseException | None] = queue.Queue(_MOST_WAITING)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                waiting.put(row)
+            waiting.put(None)
+        except Exception as fault:  # noqa: BLE001 - raised where the rows are asked for
+            waiting.put(fault)
+
+    threading.Thread(target=read, name="lexmill-stdin", daemon=True).start()
+    end: Row | BaseException | None = None
+    seen, ended = 0, False
+    while not ended:
+        group: list[Row] = []
+        while not group or (len(group) < _CHUNK and not waiting.empty()):
+            item = waiting.get()
+            if not isinstance(item, Row):
+                end, ended = item, True
+                break
+            group.append(item)
+        seen += len(group)
+        if group:
+            yield group
+    if isinstance(end, BaseException):
+        raise end
+    if not seen:
+        raise UserError("nothing came", where="stdin", hint="pipe in JSON lines, or one text a line, or name a file")
+
+
+def _answers(
+    engine: TorchEngine,
+    groups: Iterator[list[Row]],
+    columns: Mapping[str, str | None],
+    where: Callable[[int], str],
+) -> Iterator[list[str]]:
+    """The lines to write, group by group."""
+    trained: Mapping[str, str] = engine.task.state()["columns"]
+    texts = [column for role, column in trained.items() if role in ("text", "text_pair")]
+    for rows in groups:
+        records = [_renamed(row, trained, columns, where) for row in rows]
+        lines: list[str] = []
+        for row, (record, answer) in zip(rows, engine.run_stream(records, chunk=len(records)), strict=True):
+            if isinstance(answer, UserError):
+                raise UserError(answer.message, where=where(row.line), hint=answer.hint) from answer
+            if isinstance(answer, Exception):
+                raise answer
+            shown = {name: record[name] for name in texts}
+            lines.append(json.dumps({**shown, **engine.task.render(answer)}, ensure_ascii=False) + "\n")
+        yield lines
+
+
+def _renamed(
+    row: Row, trained: Mapping[str, str], columns: Mapping[str, str | None], where: Callable[[int], str]
+) -> dict[str, Any]:
+    """The record under the column names that the task was trained with."""
+    record = dict(row.values)
+    for role, name in trained.items():
+        if role not in ("text", "text_pair"):
+            continue
+        given = columns.get(role) or (name if name in record else role)
+        if given not in record:
+            hint = f"it has: {', '.join(record)}; name one with --{role.replace('_', '-')}"
+            raise UserError(f"no column '{columns.get(role) or name}'", where=where(row.line), hint=hint)
+        record[name] = record[given]
+    return record
+
+
+def _write(answers: Iterator[list[str]], file: TextIO) -> None:
+    for lines in answers:
+        file.writelines(lines)
+        file.flush()
+
+
+def _write_whole(answers: Iterator[list[str]], out: Path) -> None:
     partial = out.with_name(out.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            _write(engine, asked, chunk, file)
-        partial.replace(out)
-    finally:
+        with partial.open("x", encoding="utf-8") as file:
+            _write(answers, file)
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise UserError("already exists", where=str(partial), hint="remove it, or give another --out") from error
+    except OSError as error:
         partial.unlink(missing_ok=True)
-
-
-def _renamed(rows: Iterator[Row], engine: TorchEngine, columns: Mapping[str, str | None]) -> Iterator[dict[str, Any]]:
-    """Records under the column names that the task was trained with."""
-    trained: Mapping[str, str] = engine.task.state()["columns"]
-    for row in rows:
-        record = dict(row.values)
-        for role, trained_name in trained.items():
-            given = columns.get(role) or (trained_name if trained_name in record else role)
-            if role in ("text", "text_pair"):
-                if given not in record:
-                    raise UserError(
-                        f"line {row.line} has no column '{trained_name}'",
-                        hint=f"it has: {', '.join(record)}; name one with --{role.replace('_', '-')}",
-                    )
-                record[trained_name] = record[given]
-        yield record
-
-
-def _write(engine: TorchEngine, records: Iterator[dict[str, Any]], chunk: int, file: TextIO) -> None:
-    for record, answer in engine.run_stream(records, chunk=chunk):
-        if isinstance(answer, Exception):
-            raise answer
-        shown = {name: record[name] for name in _texts(engine) if name in record}
-        file.write(json.dumps({**shown, **engine.task.render(answer)}, ensure_ascii=False) + os.linesep)
-        if chunk == 1:
-            file.flush()
-
-
-def _texts(engine: TorchEngine) -> list[str]:
-    columns: Mapping[str, str] = engine.task.state()["columns"]
-    return [column for role, column in columns.items() if role in ("text", "text_pair")]
+        if is_disk_full(error):
+            raise Failure("disk full", where=str(partial), hint="free some space; nothing was left behind") from error
+        raise UserError(f"cannot be written: {error.strerror}", where=str(out), hint="give another --out") from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(out)

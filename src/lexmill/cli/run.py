@@ -26,20 +26,11 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Score a model on labelled data, with confidence intervals."""
-    from lexmill.data import open_source
-    from lexmill.engine import open_engine
-    from lexmill.evaluate import evaluate, summary_lines
+    from lexmill import api
 
-    source = open_source(data, encoding=encoding, skip_bad=skip_bad)
-    engine = open_engine(artifact)
     with output.counter("evaluating", quiet=quiet or json) as progress:
-        found = evaluate(engine, (row.values for row in source), progress=progress)
-    if report is not None:
-        from lexmill.evaluate.report import Report, write_report
-
-        summary = {"artefact": str(artifact), "data": str(data), "rows": f"{found.rows:,}"}
-        write_report(report, Report(f"{artifact.name} on {data.name}", summary, [], found.metrics, None))
-    output.show(found.to_dict() if json else summary_lines(found), json=json)
+        found = api.evaluate(artifact, data, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress)
+    output.show(found.to_dict() if json else found.lines(), json=json)
 
 
 def predict(
@@ -51,7 +42,7 @@ def predict(
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
 ) -> None:
-    """Answer every row, one JSON object a line, as a stream."""
+    """Answer rows as a stream, one JSON object a line."""
     from lexmill.cli.predict import predict
 
     predict(artifact, data, out, {"text": text, "text_pair": text_pair}, encoding=encoding, skip_bad=skip_bad)
@@ -62,7 +53,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8100,
 ) -> None:
-    """Serve models over HTTP: POST /v1/classify, /health, /ready, /metrics, /docs."""
+    """Serve artefacts over HTTP. POST /v1/classify, /v1/generate; GET /health, /ready, /metrics, /openapi.json."""
     from lexmill.serve import serve
 
     print("loading", ", ".join(map(str, artifacts)), file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +39,7 @@ def load(
     *,
     stored: Mapping[str, Any] | None = None,
     file: Path | None = None,
-    sets: Sequence[str] = (),
+    sets: Sequence[str] | Mapping[str, Any] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Loaded[C]:
     """Compose and check one config.
@@ -53,7 +52,7 @@ def load(
         cls: a frozen dataclass; its fields may be dataclasses, or dataclasses or None.
         stored: what `to_dict` gave for an earlier config.
         file: a TOML file.
-        sets: `a.b=c`, as given to `--set`; `c` is a TOML value or a bare word.
+        sets: `a.b=c`, as given to `--set`, where `c` is a TOML value or a bare word; or values by dotted key.
         flags: by dotted key, e.g. `{"train.epochs": 3}`; None means that the flag was not given.
 
     Raises:
@@ -72,13 +71,16 @@ def load(
     return Loaded(value, {dotted(key): origin for key, origin in draft.origins.items()})
 
 
-def _command_line(sets: Sequence[str], flags: Mapping[str, Any]) -> list[tuple[Key, Any, str]]:
+def _command_line(sets: Sequence[str] | Mapping[str, Any], flags: Mapping[str, Any]) -> list[tuple[Key, Any, str]]:
     given: list[tuple[Key, Any, str]] = []
     for key, value in flags.items():
         if value is not None:
             path = tuple(key.split("."))
             given.append((path, plain(value), f"--{path[-1].replace('_', '-')}"))
-    given += [_parse_set(text) for text in sets]
+    if isinstance(sets, Mapping):
+        given += [(_parse_key(name, f"--set {name}"), plain(value), "--set") for name, value in sets.items()]
+    else:
+        given += [_parse_set(text) for text in sets]
     for i, (key, _, origin) in enumerate(given):
         for earlier, _, other in given[:i]:
             if key[: len(earlier)] == earlier or earlier[: len(key)] == key:
@@ -95,14 +97,18 @@ def _parse_set(text: str) -> tuple[Key, Any, str]:
     where = f"--set {text}"
     if not equals:
         raise UserError("no '=' in it", where=where, hint="write --set train.epochs=3")
-    try:
-        key = split_key(name.strip())
-    except (tomllib.TOMLDecodeError, ValueError) as error:
-        raise UserError(f"'{name}' is not a key", where=where, hint="write --set train.epochs=3") from error
+    key = _parse_key(name, where)
     try:
         return key, plain(scalar(value.strip())), "--set"
     except UserError as error:
         raise UserError(error.message, where=where, hint=error.hint) from error
+
+
+def _parse_key(name: str, where: str) -> Key:
+    try:
+        return split_key(name.strip())
+    except ValueError as error:
+        raise UserError(f"'{name}' is not a key", where=where, hint="write --set train.epochs=3") from error
 
 
 class _Draft:

@@ -3,7 +3,7 @@
 from lexmill.data.batch import IGNORE, Batch, Example, Stream, Tokens, collate, pack
 from lexmill.data.bundled import banking77
 from lexmill.data.cache import TokenCache, build_cache, cache_key, encode_chunks
-from lexmill.data.columns import Columns, guess
+from lexmill.data.columns import Columns, find_columns, guess
 from lexmill.data.fingerprint import content_sha256, data_fingerprint
 from lexmill.data.order import Order
 from lexmill.data.packing import micro_batches
@@ -27,6 +27,7 @@ __all__ = [
     "content_sha256",
     "data_fingerprint",
     "encode_chunks",
+    "find_columns",
     "guess",
     "micro_batches",
     "open_source",

@@ -31,7 +31,7 @@ from lexmill.data.batch import IGNORE, Batch, Example, Stream, Tokens, collate
 from lexmill.data.cache_writer import FORMAT, VERSION, Writer
 from lexmill.data.fingerprint import content_sha256
 from lexmill.data.sources import Source
-from lexmill.errors import UserError
+from lexmill.errors import Failure, UserError
 
 _CHUNK = 1024
 
@@ -62,7 +62,8 @@ def build_cache(directory: str | Path, examples: Iterable[Example], key: str) ->
     It is written beside its place and renamed, so that a cache is whole or absent. One with another key is replaced.
 
     Raises:
-        UserError: `directory` is something other than a token cache, or the disk is full.
+        UserError: `directory` is something other than a token cache, or cannot be written.
+        Failure: the disk is full.
     """
     directory = Path(directory)
     found = _existing(directory, key)
@@ -84,7 +85,7 @@ def build_cache(directory: str | Path, examples: Iterable[Example], key: str) ->
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         hint = "free some space, or put the cache on another disk"
-        raise UserError("the disk is full", where=str(directory), hint=hint) from error
+        raise Failure("the disk is full", where=str(directory), hint=hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return TokenCache.open(directory)

@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ class Finding:
     Args:
         code: stable name, e.g. `duplicates`.
         count: rows, texts or labels concerned, as `message` says.
+        path: of the file it was found in.
         examples: up to three, each with its `file:line`.
     """
 
@@ -42,6 +43,7 @@ class Finding:
     message: str
     count: int
     examples: tuple[str, ...] = ()
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ class Part:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check` found. `columns` maps role to column."""
+    """What `check` found, file by file and all in all."""
 
     train: Part
     test: Part | None
-    columns: Mapping[str, str]
+    validation: Part | None
+    columns: Columns
     findings: tuple[Finding, ...]
 
     @property
@@ -81,13 +84,13 @@ class DataReport:
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+        """As JSON; `columns` maps role to column."""
+        return asdict(self) | {"columns": dict(self.columns)}
 
     def lines(self) -> list[str]:
         """As plain text."""
         out: list[str] = []
-        for part in (self.train, self.test):
+        for part in (self.train, self.test, self.validation):
             if part is None:
                 continue
             skipped = f", {part.skipped:,} broken rows skipped" if part.skipped else ""
@@ -110,6 +113,7 @@ def check(
     test: Source | None,
     columns: Columns,
     *,
+    validation: Source | None = None,
     max_tokens: int | None = None,
     max_chars: int = 10_000,
     tokenizer: Tokenizer | None = None,
@@ -124,27 +128,28 @@ def check(
     Raises:
         UserError: a file has no rows, or a broken one that the source does not skip.
     """
-    scans = [_Scan(source, columns) for source in (train, test) if source is not None]
-    for scan in scans:
+    named = {"train": train, "test": test, "validation": validation}
+    scans = {name: _Scan(source, columns) for name, source in named.items() if source is not None}
+    for scan in scans.values():
         scan.read(tokenizer, max_chars, max_tokens)
-    findings = [finding for scan in scans for finding in scan.findings()]
-    hashes = np.concatenate([scan.hashes() for scan in scans])
+    hashes = np.concatenate([scan.hashes() for scan in scans.values()])
     texts = _identify(hashes[:, 0], hashes[:, 1])
+    findings: list[Finding] = []
     start = 0
-    for scan in scans:
+    for name, scan in scans.items():
         own = texts[start : start + scan.rows]
-        findings += _duplicates(scan, own)
-        for column in columns.labels:
-            findings += _conflicts(scan, own, column)
+        found = [*scan.findings(), *_duplicates(scan, own)]
+        for column, counts in scan.counts.items():
+            found += _conflicts(scan, own, column)
+            found += _classes(scan, column, counts, several=name == "train")
+        if name != "train":
+            found += _between(scans["train"], scan, np.concatenate([texts[: scans["train"].rows], own]), name)
+        findings += [replace(finding, path=str(scan.source.path)) for finding in found]
         start += scan.rows
-    if len(scans) == 2:
-        findings += _between(scans[0], scans[1], texts)
-    for column, counts in scans[0].counts.items():
-        findings += _classes(scans[0], column, counts)
     rank = {"error": 0, "warning": 1, "info": 2}
     findings.sort(key=lambda finding: rank[finding.severity])
-    parts = [scan.part() for scan in scans]
-    return DataReport(parts[0], parts[1] if len(parts) == 2 else None, dict(columns.roles), tuple(findings))
+    parts = {name: scan.part() for name, scan in scans.items()}
+    return DataReport(parts["train"], parts.get("test"), parts.get("validation"), columns, tuple(findings))
 
 
 def labels_in(value: Any, *, multi: bool) -> list[str]:
@@ -285,7 +290,8 @@ class _Scan:
             message = f"{skipped.count:,} broken rows of {name} were skipped"
             yield Finding("warning", "skipped", message, skipped.count, tuple(skipped.messages[:_EXAMPLES]))
         yield from self._missing.finding("error", "missing_text", f"{self._missing.count:,} rows of {name} lack a text")
-        yield from self._empty.finding("warning", "empty_text", f"{self._empty.count:,} texts of {name} are empty")
+        severity = "error" if self._empty.count == self.rows else "warning"
+        yield from self._empty.finding(severity, "empty_text", f"{self._empty.count:,} texts of {name} are empty")
         chars, tokens = self._limits
         message = f"{self._long_chars.count:,} texts of {name} are longer than {chars:,} characters"
         yield from self._long_chars.finding("info", "long_text", message)
@@ -364,7 +370,7 @@ def _conflicts(scan: _Scan, texts: Int[np.ndarray, "row"], column: str) -> list[
     return [Finding("warning", "conflicts", message, len(where), tuple(examples))]
 
 
-def _between(train: _Scan, test: _Scan, texts: Int[np.ndarray, "row"]) -> Iterator[Finding]:
+def _between(train: _Scan, test: _Scan, texts: Int[np.ndarray, "row"], name: str) -> Iterator[Finding]:
     filled = np.concatenate([train.filled(), test.filled()])
     first = _first(texts)
     shared = np.flatnonzero((first < train.rows) & filled)
@@ -373,26 +379,26 @@ def _between(train: _Scan, test: _Scan, texts: Int[np.ndarray, "row"]) -> Iterat
         examples = tuple(
             f"{test.at(row - train.rows)} is also {train.at(int(first[row]))}" for row in shared[:_EXAMPLES].tolist()
         )
-        message = f"{len(shared):,} test texts are in the training data too: test scores flatter the model"
+        message = f"{len(shared):,} {name} texts are in the training data too: {name} scores flatter the model"
         yield Finding("warning", "overlap", message, len(shared), examples)
     for column, counts in test.counts.items():
         unseen = [label for label in counts if label not in train.counts[column]]
         if unseen and train.counts[column]:
-            examples = tuple(f"'{label}', {counts[label]:,} test rows" for label in unseen[:_EXAMPLES])
-            message = f"{len(unseen):,} labels in '{column}' are in the test data but not in the training data"
+            examples = tuple(f"'{label}', {counts[label]:,} {name} rows" for label in unseen[:_EXAMPLES])
+            message = f"{len(unseen):,} labels in '{column}' are in the {name} data but not in the training data"
             yield Finding("error", "unseen_label", message, len(unseen), examples)
 
 
-def _classes(scan: _Scan, column: str, counts: Counter[str]) -> Iterator[Finding]:
+def _classes(scan: _Scan, column: str, counts: Counter[str], *, several: bool) -> Iterator[Finding]:
     name = scan.source.path.name
     if not counts:
         yield Finding("error", "no_labels", f"no row of {name} has a label in '{column}'", scan.rows)
-    elif len(counts) == 1:
+    elif several and len(counts) == 1:
         label = next(iter(counts))
         message = f"every label of {name} in '{column}' is '{label}': there is nothing to learn"
         yield Finding("error", "one_class", message, counts[label])
     rare = [label for label, count in counts.items() if count < _RARE]
-    if rare and len(counts) > 1:
+    if several and rare and len(counts) > 1:
         examples = tuple(f"'{label}', {counts[label]} rows" for label in rare[:_EXAMPLES])
         message = f"{len(rare):,} labels in '{column}' have fewer than {_RARE} rows in {name}"
         yield Finding("info", "rare_labels", message, len(rare), examples)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lexmill.data.sources import Row
+from lexmill.data.sources import Row, Source
 from lexmill.errors import UserError
 
 PAIRS = (("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
@@ -56,6 +56,11 @@ class Columns(Mapping[str, str]):
         """The label columns; none where the data has no labels."""
         return tuple(column for role, column in self.roles.items() if role == "label" or role.startswith("label."))
 
+    def unlabelled(self) -> Columns:
+        """Without the label columns."""
+        roles = {role: column for role, column in self.roles.items() if column not in self.labels}
+        return Columns(roles, {role: self.how[role] for role in roles})
+
     def lines(self) -> list[str]:
         """For people: a line a role."""
         return [f"{role}: column '{column}' ({self.how[role]})" for role, column in self.roles.items()]
@@ -97,6 +102,15 @@ def guess(seen: Sequence[str], rows: Sequence[Row], given: Mapping[str, str | Se
     chosen = [column for role, column in roles.items() if role.partition(".")[0] == "label"]
     multi = any(isinstance(row.values.get(column), list) for row in rows for column in chosen)
     return Columns(roles, how, multi)
+
+
+def find_columns(source: Source, given: Mapping[str, str | Sequence[str] | None]) -> Columns:
+    """`guess` for a file, which its errors name; None stands for what the user did not give."""
+    seen, first = source.columns(), source.peek()
+    try:
+        return guess(seen, first, {role: names for role, names in given.items() if names})
+    except UserError as error:
+        raise UserError(error.message, where=f"{source.path}, {error.where}", hint=error.hint) from error
 
 
 def _known(name: str, role: str, seen: Sequence[str]) -> str:

@@ -126,7 +126,7 @@ def confusion_bars(rows: Sequence[Mapping[str, Any]], *, name: str, alt: str) ->
     """One bar a pair of classes, its length the number of mistakes.
 
     Args:
-        rows: `gold`, `predicted`, `count`, and `share` of the gold class (0 to 1).
+        rows: `truth`, `predicted`, `count`, and `share` of the true class (0 to 1).
         name: distinguishes this plot from others on the page.
     """
     most = max(row["count"] for row in rows)
@@ -141,7 +141,7 @@ def confusion_bars(rows: Sequence[Mapping[str, Any]], *, name: str, alt: str) ->
             axes.barh(i + 0.72, length, height=0.34, color=MAIN, align="center")
             axes.text(0, i + 0.43, f"@pair{i}", color=INK, fontsize=FONT, va="baseline")
             axes.text(length + 6, i + 0.74, f"@count{i}", color=MUTED, fontsize=FONT - 0.5, va="center_baseline")
-            texts[f"@pair{i}"] = f"{shortened(row['gold'], 34)} → {shortened(row['predicted'], 34)}"
+            texts[f"@pair{i}"] = f"{shortened(row['truth'], 34)} → {shortened(row['predicted'], 34)}"
             share = f" ({100 * row['share']:.0f} % of its class)" if "share" in row else ""
             texts[f"@count{i}"] = f"{row['count']:,}{share}"
         return _svg(figure, name, alt, texts)

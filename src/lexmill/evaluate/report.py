@@ -183,7 +183,7 @@ def _head(
     view.others = {n: list(rows) for n, rows in tables.items() if n not in _TABLES and rows}
     if view.confused:
         shown = view.confused[:MAX_BARS]
-        alt = "Most frequent mistakes: " + "; ".join(f"{r['gold']} taken for {r['predicted']}, {r['count']}" for r in shown[:3])
+        alt = "Most frequent mistakes: " + "; ".join(f"{r['truth']} taken for {r['predicted']}, {r['count']}" for r in shown[:3])
         caption = (
             "True class → what the model said instead. The bar is the number of such mistakes"
             + (", beside it their share of all examples of the true class." if "share" in shown[0] else ".")
@@ -234,7 +234,7 @@ def _findings(view: HeadView, values: Mapping[str, float], spans: Mapping[str, t
     if view.confused:
         row = view.confused[0]
         share = f", {percent(row['share'])} of that class" if "share" in row else ""
-        said.append(f"Its most frequent mistake is to take “{row['gold']}” for “{row['predicted']}”: {row['count']:,} times{share}.")
+        said.append(f"Its most frequent mistake is to take “{row['truth']}” for “{row['predicted']}”: {row['count']:,} times{share}.")
     said += _calibration_sentence(view.calibration)
     return said
 
@@ -320,13 +320,13 @@ def _epoch_ends(events: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _speed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    tokens, seconds = _series(events, "train", "tokens_per_s"), _series(events, "train", "seconds")
+    tokens, seconds = _series(events, "train", "tokens_per_second"), _series(events, "train", "seconds")
     facts: dict[str, tuple[str, str]] = {}
     if len(tokens[1]):
         low, middle, high = np.quantile(tokens[1], [0.1, 0.5, 0.9])
         facts["Tokens a second"] = (number(round(middle)), f"median; 80 % of the steps ran at {low:,.0f} to {high:,.0f}")
     for key, title, show, meaning in (
-        ("examples_per_s", "Examples a second", number, "median of the steps"),
+        ("examples_per_second", "Examples a second", number, "median of the steps"),
         ("ceiling_share", "Share of the ceiling", percent, "of what this machine's matrix multiplication allows at the model's own shapes; median"),
         ("positions_per_token", "Positions per real token", lambda v: f"{v:.3f}", "1.000 means that no pad token was computed; mean"),
         ("peak_memory", "Peak memory", _bytes, "of the process, highest over the run"),
@@ -335,7 +335,7 @@ def _speed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         if len(values):
             reduce = {"positions_per_token": np.mean, "peak_memory": np.max}.get(key, np.median)
             value = float(reduce(values))
-            facts[title] = (show(round(value) if key == "examples_per_s" and value >= 10 else value), meaning)
+            facts[title] = (show(round(value) if key == "examples_per_second" and value >= 10 else value), meaning)
     if len(seconds[1]):
         facts["Time in training steps"] = (_duration(float(seconds[1].sum())), f"{len(seconds[1]):,} steps, validation not counted")
     if not facts:
@@ -351,7 +351,8 @@ def _speed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 # --- the data ---------------------------------------------------------------------------------------------------
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, str] = {}
-    for role, part in (("Training data", data.get("train")), ("Test data", data.get("test"))):
+    parts = {"Training data": "train", "Validation data": "validation", "Test data": "test"}
+    for role, part in ((role, data.get(name)) for role, name in parts.items()):
         if part is not None:
             facts[role] = f"{part['rows']:,} rows" + (f", {part['skipped']:,} skipped" if part.get("skipped") else "")
             for column, counts in part["labels"].items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lexmill.engine.torch_engine import TorchEngine
+from lexmill.errors import UserError
 from lexmill.tasks.base import Metrics, Record
 
 
@@ -22,6 +23,15 @@ class Evaluation:
     metrics: Metrics
     rows: int
 
+    def lines(self) -> list[str]:
+        """For people: how many rows, and each value with its 95 % interval where there is one."""
+        lines = [f"{self.rows:,} rows"]
+        for name, value in self.metrics.values.items():
+            interval = self.metrics.intervals.get(name)
+            known = f"  (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+            lines.append(f"{name:<24} {value:.4f}{known}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """Flat for machines: every value by name, its interval under `intervals`, the tables under `tables`."""
         return {
@@ -33,16 +43,23 @@ class Evaluation:
 
 
 def evaluate(
-    engine: TorchEngine, records: Iterable[Record], *, progress: Callable[[int], None] | None = None
+    engine: TorchEngine,
+    records: Iterable[Record],
+    *,
+    progress: Callable[[int], None] | None = None,
+    where: Callable[[int], str] | None = None,
 ) -> Evaluation:
     """Answer every record and score the answers. A record that cannot be answered raises its error.
 
     Args:
         progress: told how many records are done.
+        where: the place of a record by its index, for errors.
     """
     asked: list[Record] = []
     answers: list[Any] = []
     for record, answer in engine.run_stream(records, labelled=True):
+        if isinstance(answer, UserError) and where is not None:
+            raise UserError(answer.message, where=where(len(asked)), hint=answer.hint) from answer
         if isinstance(answer, Exception):
             raise answer
         asked.append(record)

@@ -5,32 +5,41 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from contextlib import closing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lexmill import models
 from lexmill.artifact import (
-    Artifact, Environment, Manifest, Metric, TaskRecord, Transform, Writer, create, refuse_existing,
+    Artifact,
+    Environment,
+    Manifest,
+    Metric,
+    TaskRecord,
+    Transform,
+    Writer,
+    create,
+    refuse_existing,
+    render_card,
 )  # fmt: skip
-from lexmill.config import to_dict, to_toml
+from lexmill.config import to_dict
 from lexmill.data.tokenizer import check_vocabulary
 from lexmill.engine import TorchEngine
 from lexmill.engine.loaded import Loaded
-from lexmill.errors import MissingExtra, UserError
+from lexmill.errors import MissingExtra
 from lexmill.evaluate import Evaluation, evaluate, probes
 from lexmill.fit.config import FitConfig
+from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, records, split, tokenized
+from lexmill.fit.record import record_inputs
 from lexmill.hardware import describe, keep_heap
 from lexmill.models import Model
 from lexmill.monitor import Fanout, JsonlSink, Sink, read_events
 from lexmill.train import Store, Trainer, TrainResult
 
-CONFIG_FILE = "run/config.toml"
+CARD_FILE = "card.md"
 EVENTS_FILE = "run/events.jsonl"
 EVALUATION_FILE = "run/evaluation.json"
 REPORT_FILE = "run/report.html"
@@ -107,43 +116,17 @@ def fit(
     out, watch, started = Path(out), watch or Watch(), time.perf_counter()
     refuse_existing(out, resume=resume)
     keep_heap()
-    prepared = prepare(config)
+    prepared = prepare(config, origins)
     for line in (*prepared.columns.lines(), *prepared.report.lines()):
         watch.note(line)
-    model = _model(prepared)
+    begun = start(prepared.model_directory, prepared.task, config.train, watch.note)
+    check_vocabulary(prepared.tokenizer, begun.model.config.vocab_size, where=str(prepared.model_directory))
     with create(out, resume=resume) as writer:
         if writer.manifest is None:
-            _record_config(writer, config, origins or {})
-            writer.manifest = _Run(prepared, model, writer, watch).run()
+            data = fingerprints(prepared)
+            record_inputs(writer, config, origins or {}, data, watch.note)
+            writer.manifest = _Run(prepared, begun, data, writer, watch).run()
     return FitResult(Artifact.open(out), time.perf_counter() - started)
-
-
-def _model(prepared: Prepared) -> Model:
-    """The pretrained trunk with the task's new heads, drawn from the run's seed."""
-    config = prepared.config
-    model = models.load(prepared.model_directory)
-    check_vocabulary(prepared.tokenizer, model.config.vocab_size, where=str(prepared.model_directory))
-    if config.train.dropout is not None:
-        model.set_dropout(config.train.dropout)
-    torch.manual_seed(config.train.seed)
-    prepared.task.attach(model)
-    return model
-
-
-def _record_config(writer: Writer, config: FitConfig, origins: Mapping[str, str]) -> None:
-    """Note what the run was asked to do. A resumed run must be asked the same."""
-    file = writer.path(CONFIG_FILE)
-    text = to_toml(config)
-    if file.exists() and file.read_text() != text:
-        old, new = file.read_text().splitlines(), text.splitlines()
-        changed = next((f"was {a}, is {b}" for a, b in zip(old, new, strict=False) if a != b), "keys differ")
-        raise UserError(
-            f"the interrupted run had another config: {changed}",
-            where=str(file),
-            hint="resume with the same flags and recipe, or remove the directory to start anew",
-        )
-    file.write_text(text)
-    writer.path("run/origins.json").write_text(json.dumps(dict(origins), indent=2))
 
 
 @dataclass(frozen=True)
@@ -151,9 +134,14 @@ class _Run:
     """Training and what follows it, inside an open writer."""
 
     prepared: Prepared
-    model: Model
+    begun: Start
+    data: Mapping[str, Any]
     writer: Writer
     watch: Watch
+
+    @property
+    def model(self) -> Model:
+        return self.begun.model
 
     @property
     def loaded(self) -> Loaded:
@@ -166,7 +154,9 @@ class _Run:
         if test is not None:
             self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()))
         self._report(training, test)
-        return self._manifest(training, test)
+        manifest = self._manifest(training, test)
+        self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
+        return manifest
 
     def _train(self) -> TrainResult:
         prepared, config = self.prepared, self.prepared.config
@@ -186,7 +176,7 @@ class _Run:
         )
         if trainer.resume():
             self.watch.note(f"going on from step {trainer.progress.step:,} of {trainer.total_steps:,}")
-        events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step)
+        events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step - 1)
         with closing(Fanout(events, *self.watch.sinks)) as sinks:
             return trainer.run(sinks.emit)
 
@@ -198,7 +188,9 @@ class _Run:
         return evaluate(TorchEngine(self.loaded), records(test))
 
     def _write_model(self) -> None:
-        models.save(self.model, self.writer.path("config.json").parent)
+        labels = {name: names for name, names in self.prepared.task.labels().items() if names}
+        only = next(iter(labels.values())) if len(labels) == 1 else None
+        models.save(self.model, self.writer.path("config.json").parent, labels=only)
         source = self.prepared.model_directory
         self.prepared.tokenizer.no_truncation()
         self.prepared.tokenizer.save(str(self.writer.path("tokenizer.json")))
@@ -233,9 +225,9 @@ class _Run:
         return Manifest(
             task=TaskRecord(name=prepared.task.name, state=prepared.task.state()),
             structure=self.model.structure(),
-            data=fingerprints(prepared),
+            data=dict(self.data),
             metrics={"test": _metrics(test)} if test else {},
-            history=(Transform(name="fit", parameters=to_dict(prepared.config), effect=effect),),
+            history=(*self.begun.history, Transform(name="fit", parameters=to_dict(prepared.config), effect=effect)),
             environment=Environment(
                 torch=str(machine["torch"]),
                 cpu_capability=str(machine["cpu_capability"]),

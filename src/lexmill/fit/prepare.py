@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,21 @@ from tokenizers import Tokenizer
 
 from lexmill.config import load
 from lexmill.data import (
-    Batch, Columns, Example, Row, Source, TokenCache, build_cache, cache_key, data_fingerprint, encode_chunks, guess, open_source,
+    Batch,
+    Columns,
+    Example,
+    Row,
+    Source,
+    TokenCache,
+    build_cache,
+    cache_key,
+    data_fingerprint,
+    encode_chunks,
+    find_columns,
+    open_source,
 )  # fmt: skip
 from lexmill.data.check import DataReport, check
-from lexmill.data.tokenizer import check_vocabulary, fingerprint, load_tokenizer
+from lexmill.data.tokenizer import fingerprint, load_tokenizer
 from lexmill.errors import UserError
 from lexmill.fit.config import DataConfig, FitConfig
 from lexmill.fit.model import model_directory
@@ -59,29 +70,65 @@ class Subset:
         return self.data.batch(self.indices[indices])
 
 
-def prepare(config: FitConfig) -> Prepared:
-    """Open and check everything a run reads. Raises `UserError` at the first thing that cannot work."""
+def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prepared:
+    """Open and check everything a run reads. Raises `UserError` at the first thing that cannot work.
+
+    Args:
+        origins: where each config value came from, for errors.
+    """
     task_type = find(config.task)
-    options = _options(task_type.Options, config)
+    options = _options(task_type.Options, config, (origins or {}).get("options", "default"))
     directory = model_directory(config.model)
     sources = _open(config.data)
+    config.train.check_stopping(validating=sources.validation is not None or config.data.validation_fraction > 0)
     heads: tuple[str, ...] = getattr(options, "heads", ())
     given = {"text": config.data.text, "text_pair": config.data.text_pair, "label": heads or config.data.label}
-    columns = guess(sources.train.columns(), sources.train.peek(), {k: v for k, v in given.items() if v})
+    columns = find_columns(sources.train, given)
+    if not task_type.labelled:
+        columns = columns.unlabelled()
+    columns = replace(columns, multi_label=columns.multi_label or getattr(options, "multi_label", False))
     tokenizer = load_tokenizer(directory)
     report = check(
-        sources.train, sources.test, columns, tokenizer=tokenizer, max_tokens=getattr(options, "max_length", None)
+        sources.train,
+        sources.test,
+        columns if task_type.label_is_class else columns.unlabelled(),
+        validation=sources.validation,
+        tokenizer=tokenizer,
+        max_tokens=getattr(options, "max_length", None),
     )
     for finding in report.findings:
         if finding.severity == "error":
-            raise UserError(finding.message, where=str(config.data.train), hint="; ".join(finding.examples) or None)
-    task = task_type.from_records(records(sources.train), columns, options)
-    return Prepared(config, directory, sources, columns, report, tokenizer, task)
+            raise UserError(finding.message, where=finding.path, hint="; ".join(finding.examples) or None)
+    return Prepared(
+        config, directory, sources, columns, report, tokenizer, _learn(task_type, sources.train, columns, options)
+    )
 
 
-def _options(cls: type[Any], config: FitConfig) -> Any:
+def _learn(task: type[Task], source: Source, columns: Columns, options: Any) -> Task:
+    """The task, knowing its labels. An error about a record names its line."""
+    line: int | None = None
+
+    def read() -> Iterator[Record]:
+        nonlocal line
+        for row in source:
+            line = row.line
+            yield row.values
+        line = None
+
+    try:
+        return task.from_records(read(), columns, options)
+    except UserError as error:
+        where = str(source.path) if line is None else source.where(line)
+        raise UserError(error.message, where=where, hint=error.hint) from error
+
+
+def _options(cls: type[Any], config: FitConfig, origin: str) -> Any:
     """The task's options, checked as strictly as the rest of the config."""
-    return load(cls, sets=(), stored=config.options).value
+    try:
+        return load(cls, stored=config.options).value
+    except UserError as error:
+        where = "options" if origin == "default" else f"{origin}, options"
+        raise UserError(error.message, where=where, hint=error.hint) from error
 
 
 def _open(data: DataConfig) -> Sources:
@@ -150,8 +197,3 @@ def fingerprints(prepared: Prepared) -> dict[str, Any]:
     """What the manifest says of each file."""
     parts = {"train": prepared.sources.train, "validation": prepared.sources.validation, "test": prepared.sources.test}
     return {name: data_fingerprint(source) for name, source in parts.items() if source is not None}
-
-
-def check_model(prepared: Prepared, vocab_size: int) -> None:
-    """Raise `UserError` where the tokenizer speaks of tokens that the model does not have."""
-    check_vocabulary(prepared.tokenizer, vocab_size, where=str(prepared.model_directory))

@@ -3,7 +3,7 @@
 from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride, ModelConfig
 from lexmill.models.generate import Generated, greedy
-from lexmill.models.heads import ClassifierHead, ClassifierShape, LMHead
+from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead, register_head
 from lexmill.models.io import init, load, save, weights_digest
 from lexmill.models.model import Model
 
@@ -11,6 +11,7 @@ __all__ = [
     "ClassifierHead",
     "ClassifierShape",
     "Generated",
+    "Head",
     "LMHead",
     "LayerOverride",
     "Model",
@@ -19,6 +20,7 @@ __all__ = [
     "greedy",
     "init",
     "load",
+    "register_head",
     "save",
     "weights_digest",
 ]

@@ -1,15 +1,19 @@
-"""What stands on a trunk."""
+"""What stands on a trunk. A new kind of head is a subclass of `Head` in any file, decorated with `register_head`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lexmill.errors import UserError
+from lexmill.models.backbone import Transformer
+from lexmill.models.config import strict
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.linear import Linear
 from lexmill.nn.pooling import Pooling
@@ -37,7 +41,48 @@ class ClassifierShape:
     bias: bool = True
 
 
-class ClassifierHead(nn.Module):
+class Head(nn.Module, ABC):
+    """A module that reads a trunk's hidden state. Its parameters are saved with the model, its structure as JSON."""
+
+    kind: ClassVar[str]
+    """What `describe` calls it in a saved model."""
+
+    @property
+    @abstractmethod
+    def pooling(self) -> Pooling | None:
+        """The vector a sequence that it is given, or None for the hidden state of every row."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The structure, as JSON, without the kind."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, trunk: Transformer, described: Mapping[str, Any], where: str) -> Head:
+        """The inverse of `describe`, weights aside. A wrong key is a `UserError` at `where`."""
+
+
+_KINDS: dict[str, type[Head]] = {}
+H = TypeVar("H", bound=Head)
+
+
+def register_head(head: type[H]) -> type[H]:
+    """Class decorator: make a kind of head known, so that saved models with it can be loaded."""
+    _KINDS[head.kind] = head
+    return head
+
+
+def build_head(trunk: Transformer, described: Mapping[str, Any], where: str) -> Head:
+    """A head of the `kind` that stands in `described`. An unknown one is a `UserError`."""
+    shape = dict(described)
+    kind = shape.pop("kind", None)
+    if kind not in _KINDS:
+        raise UserError(f"unknown kind of head {kind!r}", where=where, hint=f"known kinds: {', '.join(sorted(_KINDS))}")
+    return _KINDS[kind].build(trunk, shape, where)
+
+
+@register_head
+class ClassifierHead(Head):
     """Logits from one pooled vector a sequence."""
 
     kind = "classifier"
@@ -54,12 +99,20 @@ class ClassifierHead(nn.Module):
             pooled = TRANSFORMS[self.shape.transform](self.transform(pooled))
         return self.output(self.dropout(pooled))
 
+    @property
+    def pooling(self) -> Pooling:
+        return self.shape.pooling
+
     def describe(self) -> dict[str, Any]:
-        """The structure, as JSON."""
-        return {"kind": self.kind, **asdict(self.shape)}
+        return asdict(self.shape)
+
+    @classmethod
+    def build(cls, trunk: Transformer, described: Mapping[str, Any], where: str) -> ClassifierHead:
+        return cls(trunk.config.hidden_size, strict(ClassifierShape, described, where))
 
 
-class LMHead(nn.Module):
+@register_head
+class LMHead(Head):
     """Logits over the vocabulary, of every row it is given.
 
     Args:
@@ -81,9 +134,14 @@ class LMHead(nn.Module):
     def forward(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vocab"]:
         return self.output(hidden)
 
+    @property
+    def pooling(self) -> None:
+        return None
+
     def describe(self) -> dict[str, Any]:
-        """The structure, as JSON."""
-        return {"kind": self.kind, "bias": self.has_bias}
+        return {"bias": self.has_bias}
 
-
-Head = ClassifierHead | LMHead
+    @classmethod
+    def build(cls, trunk: Transformer, described: Mapping[str, Any], where: str) -> LMHead:
+        tied = trunk.embeddings.token if trunk.config.tied_output else None
+        return cls(trunk.config.hidden_size, trunk.config.vocab_size, tied=tied, bias=bool(described.get("bias")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lexmill.errors import UserError
 from lexmill.models import families
 from lexmill.models.backbone import Transformer, initialise
-from lexmill.models.config import ModelConfig, read_overrides, strict
+from lexmill.models.config import ModelConfig, read_overrides
 from lexmill.models.families import Family
-from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
+from lexmill.models.heads import ClassifierHead, Head, LMHead, build_head
 from lexmill.models.model import Model, Origin
 
 CONFIG = "config.json"
@@ -222,7 +222,7 @@ def _trunk_tensors(
 
 def _attach_heads(model: Model, recorded: Mapping[str, Mapping[str, Any]], files: _Files, where: str) -> None:
     for name, entry in recorded.items():
-        model.add_head(name, _build_head(model, entry, f"{where}.{name}"))
+        model.add_head(name, build_head(model.trunk, entry, f"{where}.{name}"))
     for name in recorded:
         head = cast("Head", model.heads[name])
         for ours, theirs in _head_names(model, name).items():
@@ -235,18 +235,6 @@ def _attach_heads(model: Model, recorded: Mapping[str, Mapping[str, Any]], files
             owner, _, leaf = ours.rpartition(".")
             setattr(head.get_submodule(owner), leaf, nn.Parameter(stored))
             model.extras.pop(theirs)
-
-
-def _build_head(model: Model, entry: Mapping[str, Any], where: str) -> Head:
-    shape = dict(entry)
-    kind = shape.pop("kind", None)
-    size = model.config.hidden_size
-    if kind == ClassifierHead.kind:
-        return ClassifierHead(size, strict(ClassifierShape, shape, where))
-    if kind == LMHead.kind:
-        tied = model.trunk.embeddings.token if model.config.tied_output else None
-        return LMHead(size, model.config.vocab_size, tied=tied, bias=bool(shape.get("bias")))
-    raise UserError(f"unknown kind of head {kind!r}", where=where, hint="known kinds: classifier, lm")
 
 
 # --- names and config ------------------------------------------------------------------------------------------
@@ -280,10 +268,11 @@ def _head_names(model: Model, name: str) -> dict[str, str]:
     """A head's tensor names, ours and those in a file."""
     head = cast("Head", model.heads[name])
     own = [ours for ours, _ in head.named_parameters()]
-    use: families.Use = "classifier" if isinstance(head, ClassifierHead) else "lm"
-    if _hf_head(model, use) == name:
-        family = families.find(model.family)
-        return {ours: family.heads[use][ours].format(prefix=_prefix(model)) for ours in own}
+    uses: tuple[families.Use, ...] = ("classifier", "lm")
+    for use in uses:
+        if _hf_head(model, use) == name:
+            table = families.find(model.family).heads[use]
+            return {ours: table[ours].format(prefix=_prefix(model)) for ours in own}
     return {ours: f"heads.{name}.{ours}" for ours in own}
 
 

@@ -134,8 +134,7 @@ class Model(nn.Module):
         names = list(self.heads) if heads is None else list(heads)
         wants: dict[str, Pooling | None] = {}
         for name in names:
-            head = self.heads[name]
-            wants[name] = head.shape.pooling if isinstance(head, ClassifierHead) else None
+            wants[name] = cast("Head", self.heads[name]).pooling
         if len(set(wants.values())) == 1 and (how := wants[names[0]]) is not None:
             vector = self.pooled(ids, positions, layout, types=types, how=how)
             return {name: self.heads[name](vector) for name in names}
@@ -152,6 +151,12 @@ class Model(nn.Module):
         if isinstance(head, LMHead) and head.tied:
             self.trunk.embeddings.token.sparse = False
         self.heads[name] = head.to(self.device, self.dtype).train(self.training)
+
+    def remove_head(self, name: str) -> None:
+        """Take a head off; its weights are gone."""
+        head = self.heads.pop(name)
+        if isinstance(head, LMHead) and head.tied:
+            self.trunk.embeddings.token.sparse = not self.has_tied_output
 
     def add_classifier(self, name: str, num_labels: int, **changes: Any) -> ClassifierHead:
         """Attach a classification head as this family has it, with `changes` to its `ClassifierShape`.
@@ -205,7 +210,8 @@ class Model(nn.Module):
         if self.config.layers:
             found["layers"] = [asdict(layer) for layer in self.config.layers]
         if self.heads:
-            found["heads"] = {name: cast("Head", head).describe() for name, head in self.heads.items()}
+            heads = {name: cast("Head", head) for name, head in self.heads.items()}
+            found["heads"] = {name: {"kind": head.kind, **head.describe()} for name, head in heads.items()}
         return found
 
     def spare(self, use: families.Use) -> dict[str, Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, TypeVar
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lexmill.errors import UserError
+from lexmill.nn.matmul import linear
 
 Role = Literal["column", "row", "vocab", "replicated"]
 """How a plan may shard a layer: by outputs, by inputs, by vocabulary, or not at all."""
@@ -24,6 +26,9 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, role: Role = "replicated") -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.role: Role = role
+
+    def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        return linear(input, self.weight, self.bias)
 
 
 KINDS: dict[str, type[nn.Module]] = {Linear.kind: Linear}

@@ -102,7 +102,7 @@ def _open(paths: Sequence[Path | str], runtime: str, device: str, threads: int |
 
 def _welcome(url: str, engines: dict[str, Engine]) -> Iterator[str]:
     names = ", ".join(f"{name} ({engine.task.name})" for name, engine in engines.items())
-    yield f"serving {names} at {url} - documentation at {url}/docs"
+    yield f"serving {names} at {url} - the interface is at {url}/openapi.json"
     tasks = [engine.task for engine in engines.values()]
     for name, engine in engines.items():
         several = sum(task.name == engine.task.name for task in tasks) > 1

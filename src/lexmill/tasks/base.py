@@ -46,11 +46,15 @@ class Task(ABC):
     name: ClassVar[str]
     """The verb of the route `POST /v1/{name}`, the value of `--task`, and the manifest's `task.name`."""
     Request: ClassVar[type[BaseModel]]
-    """The body of one HTTP request, holding one or more items."""
+    """The body of one HTTP request: its first field is a list of items, the others are options for all of them."""
     Answer: ClassVar[type[BaseModel]]
     """What `render` gives for one item."""
     Options: ClassVar[type]
     """A frozen dataclass: what a person may set for this task (`[task]` in a recipe)."""
+    labelled: ClassVar[bool] = True
+    """Whether it learns from label columns; where not, they are passed over."""
+    label_is_class: ClassVar[bool] = True
+    """Whether a label is a class, which the data check counts and compares between files; where not, a value."""
     evidence_field: ClassVar[str]
     """The field of a rendered answer that holds `evidence` where the request set `raw`."""
     metric: ClassVar[str]
@@ -78,7 +82,14 @@ class Task(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All that `from_state` needs, as JSON."""
+        """All that `from_state` needs, as JSON; `columns` holds the column of each role."""
+
+    @abstractmethod
+    def labels(self) -> Mapping[str, Sequence[str]]:
+        """By head, the names of its outputs in order; empty where they have none (a number, a vocabulary).
+
+        A run that starts from an artefact of the same task goes on with the heads whose labels are equal.
+        """
 
     # --- text to tokens ---------------------------------------------------------------------------------------
     @abstractmethod
@@ -88,7 +99,7 @@ class Task(ABC):
     # --- the model --------------------------------------------------------------------------------------------
     @abstractmethod
     def attach(self, model: Model) -> None:
-        """Add the heads this task needs, with new weights drawn from torch's generator."""
+        """Add the heads this task needs and the model lacks, with new weights drawn from torch's generator."""
 
     @abstractmethod
     def forward(self, model: Model, batch: Batch, arrange: Arrange = packed) -> Mapping[str, Tensor]:

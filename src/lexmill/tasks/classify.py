@@ -151,6 +151,9 @@ class Classify(Task):
             "options": {**asdict(self.options), "heads": list(self.options.heads)},
         }
 
+    def labels(self) -> Mapping[str, Sequence[str]]:
+        return {head.name: head.labels for head in self.heads.values()}
+
     # --- text to tokens ---------------------------------------------------------------------------------------
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
         tokenizer.enable_truncation(self.options.max_length)
@@ -193,7 +196,8 @@ class Classify(Task):
     # --- the model --------------------------------------------------------------------------------------------
     def attach(self, model: Model) -> None:
         for head in self.heads.values():
-            model.add_classifier(head.name, len(head.labels))
+            if head.name not in model.heads:
+                model.add_classifier(head.name, len(head.labels))
 
     def forward(self, model: Model, batch: Batch, arrange: Arrange = packed) -> Mapping[str, Tensor]:
         ids, positions, types, layout = arrange(batch.streams["source"], model.device)

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from lexmill import metrics
 from lexmill.data.batch import IGNORE, Batch, Example, Tokens
 from lexmill.errors import UserError
-from lexmill import metrics
 from lexmill.models import Model
 from lexmill.models.generate import greedy
 from lexmill.nn.layout import Dense
@@ -88,6 +88,7 @@ class Generate(Task):
     Request = GenerateRequest
     Answer = GenerateAnswer
     Options = GenerateOptions
+    labelled: ClassVar[bool] = False
     metric: ClassVar[str] = "loss"
     metric_sign: ClassVar[int] = -1
     evidence_field: ClassVar[str] = "logprobs"
@@ -106,6 +107,9 @@ class Generate(Task):
 
     def state(self) -> dict[str, Any]:
         return {"columns": self.columns, "options": asdict(self.options)}
+
+    def labels(self) -> Mapping[str, Sequence[str]]:
+        return {"lm": ()}
 
     # --- text to tokens ---------------------------------------------------------------------------------------
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
@@ -133,11 +137,12 @@ class Generate(Task):
             found = tokenizer.token_to_id(token)
             if found is not None:
                 return found
-        raise UserError(f"the tokenizer knows none of the end tokens {', '.join(wanted)}", hint="set task.end_token")
+        raise UserError(f"the tokenizer knows none of the end tokens {', '.join(wanted)}", hint="set options.end_token")
 
     # --- the model --------------------------------------------------------------------------------------------
     def attach(self, model: Model) -> None:
-        model.add_language_head("lm")
+        if "lm" not in model.heads:
+            model.add_language_head("lm")
 
     def forward(self, model: Model, batch: Batch, arrange: Arrange = packed) -> Mapping[str, Tensor]:
         """Logits `[item, vocab]` of the labelled tokens alone."""
@@ -211,6 +216,8 @@ class Generate(Task):
     def evaluate(self, answers: Sequence[Score], records: Sequence[Record]) -> Metrics:
         nll = np.array([answer.nll for answer in answers])
         tokens = np.array([answer.tokens for answer in answers])
+        if not tokens.sum():
+            raise UserError("there is no token to score", hint="give longer texts, or a larger options.max_length")
         loss = float(nll.sum() / tokens.sum())
         interval = metrics.bootstrap(lambda rows: float(nll[rows].sum() / tokens[rows].sum()), len(nll))
         return Metrics(

@@ -5,7 +5,8 @@ checkpoints/step-00000312/
   index.json           step, the run's state, and per tensor: dtype, global shape, and the pieces it is stored in
   tensors-0.safetensors
 ```
-A checkpoint is written beside its final name and renamed when it is on disk, so a killed run leaves a whole one or none.
+A checkpoint is written beside its final name and renamed when it is on disk, so a killed run leaves a whole one or
+none.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def write(
     *,
     pieces: Mapping[str, Sequence[tuple[tuple[int, ...], Tensor]]] | None = None,
 ) -> None:
-    """Write a checkpoint at `path`.
+    """Write a checkpoint at `path`. Tied tensors are stored once, under each of their names.
 
     Args:
         tensors: whole tensors by global name.
@@ -114,15 +115,19 @@ def write(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    blocks = {name: [((0,) * t.dim(), t)] for name, t in tensors.items()} | {n: list(b) for n, b in (pieces or {}).items()}
+    blocks = {name: [((0,) * t.dim(), t)] for name, t in tensors.items()}
+    blocks |= {name: list(parts) for name, parts in (pieces or {}).items()}
     file = "tensors-0.safetensors"
     stored: dict[str, Tensor] = {}
+    key_of: dict[tuple[Any, ...], str] = {}
     index: dict[str, Any] = {}
     for name, parts in blocks.items():
         listed: list[dict[str, Any]] = []
         for i, (offset, block) in enumerate(parts):
-            key = name if len(parts) == 1 else f"{name}#{i}"
-            stored[key] = block.detach().contiguous().cpu()
+            tied = (block.device, block.data_ptr(), block.shape, block.stride()) if block.numel() else (name, i)
+            key = key_of.setdefault(tied, name if len(parts) == 1 else f"{name}#{i}")
+            if key not in stored:
+                stored[key] = block.detach().contiguous().cpu()
             listed.append({"file": file, "key": key, "offset": list(offset), "shape": list(block.shape)})
         ends = [[o + s for o, s in zip(p["offset"], p["shape"], strict=True)] for p in listed]
         index[name] = {

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from lexmill.errors import UserError
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -51,3 +53,12 @@ class TrainConfig:
     patience: Annotated[int, Ge(1)] | None = None
     checkpoint_every: Annotated[int, Ge(0)] = 0
     keep_checkpoints: Annotated[int, Ge(1), Le(1000)] = 2
+
+    def check_stopping(self, *, validating: bool) -> None:
+        """Raise `UserError` where early stopping is asked for and there is no validation data to go by."""
+        if self.patience is not None and not validating:
+            raise UserError(
+                "early stopping needs validation data",
+                where="train.patience",
+                hint="give --validation FILE or --set data.validation_fraction=0.1",
+            )

@@ -14,7 +14,7 @@ import torch
 from lexmill.data.batch import Batch
 from lexmill.data.order import Order
 from lexmill.data.packing import micro_batches
-from lexmill.errors import Failure, UserError
+from lexmill.errors import Failure
 from lexmill.hardware import matmul_rate, peak_memory
 from lexmill.models import Model
 from lexmill.tasks.base import Task
@@ -36,9 +36,15 @@ class Dataset(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands: all of its state that is not a tensor."""
+    """Where a run stands: all of its state that is not a tensor. `loss` is the last step's; seconds, examples, tokens
+    and positions are sums over the run, each step counted once however often it was interrupted."""
 
     step: int = 0
+    loss: float = math.nan
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    positions: int = 0
     best: float | None = None
     best_epoch: int | None = None
     stale_epochs: int = 0
@@ -80,12 +86,7 @@ class Trainer:
         validate: Callable[[], Mapping[str, float]] | None = None,
         store: Store | None = None,
     ) -> None:
-        if config.patience is not None and validate is None:
-            raise UserError(
-                "early stopping needs validation data",
-                where="train.patience",
-                hint="give --validation FILE or --set data.validation_fraction=0.1",
-            )
+        config.check_stopping(validating=validate is not None)
         self.model, self.task, self.data, self.config = model, task, data, config
         self.validate, self.store = validate, store
         self.order = Order(
@@ -125,34 +126,43 @@ class Trainer:
         Args:
             emit: takes every event: `phase` (`train`, `validate`), `step`, `loss`, …
         """
-        meter = _Meter(self.model, self.data, self.config)
-        loss = math.nan
+        meter = _Meter(self.model, self.data, self.config, self.progress)
         self.model.train()
         while self.progress.step < self.total_steps and not self.progress.stopped:
-            step = self.progress.step
-            rate = learning_rate(
-                step, self.total_steps,
-                peak=self.config.learning_rate, schedule=self.config.schedule, warmup=self.config.warmup,
-            )  # fmt: skip
-            result = train_step(
-                self.model,
-                self.task,
-                self._batches(step),
-                self.optimizer,
-                learning_rate=rate,
-                seed=step_seed(self.config.seed, step),
-                precision=self.config.precision,
-            )
-            loss = result.loss
-            self._check(step, result)
-            self.progress.step = step + 1
-            emit(self._event(step, rate, result, meter.update(result)))
+            result = self.step()
+            emit(self._event(result, meter.update(result)))
+            self.progress.step += 1
             self._between_steps(emit)
         self.optimizer.close()
         if self._best:
             self.model.load_state_dict(self._best, strict=True)
         self.model.eval()
-        return meter.result(self.progress, loss, self.order.steps_per_epoch)
+        return meter.result(self.order.steps_per_epoch)
+
+    def step(self) -> StepResult:
+        """One optimiser step at the run's position, which stays. Raises `Failure` where the loss is not finite."""
+        step = self.progress.step
+        result = train_step(
+            self.model,
+            self.task,
+            self._batches(step),
+            self.optimizer,
+            learning_rate=self._learning_rate(step),
+            seed=step_seed(self.config.seed, step),
+            precision=self.config.precision,
+        )
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            raise Failure(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}",
+                hint="lower train.learning_rate, or add train.warmup; checkpoints from before are whole",
+            )
+        return result
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step, self.total_steps, peak=config.learning_rate, schedule=config.schedule, warmup=config.warmup
+        )
 
     def _batches(self, step: int) -> list[Batch]:
         cut = micro_batches(self.order.batch(step), self.data.lengths, self.config.token_budget)
@@ -183,14 +193,8 @@ class Trainer:
         self.progress.stopped = patience is not None and self.progress.stale_epochs >= patience
         return {"phase": "validate", "step": self.progress.step, "epoch": epoch, **metrics}
 
-    def _check(self, step: int, result: StepResult) -> None:
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            raise Failure(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}",
-                hint="lower train.learning_rate, or add train.warmup; checkpoints from before are whole",
-            )
-
-    def _event(self, step: int, rate: float, result: StepResult, speed: Mapping[str, float]) -> dict[str, Any]:
+    def _event(self, result: StepResult, speed: Mapping[str, float]) -> dict[str, Any]:
+        step = self.progress.step
         heads = {f"loss/{head}": loss for head, loss in result.losses.items()} if len(result.losses) > 1 else {}
         return {
             "phase": "train",
@@ -200,29 +204,31 @@ class Trainer:
             "loss": result.loss,
             **heads,
             "grad_norm": result.grad_norm,
-            "learning_rate": rate,
+            "learning_rate": self._learning_rate(step),
             **speed,
         }
 
 
 class _Meter:
-    """Speed since the run (or its resumption) began."""
+    """What the steps did and how fast, summed up in the run's progress."""
 
-    def __init__(self, model: Model, data: Dataset, config: TrainConfig) -> None:
+    def __init__(self, model: Model, data: Dataset, config: TrainConfig, progress: Progress) -> None:
+        self.progress = progress
         self.trunk_parameters = model.trunk_parameters()
         mean_tokens = max(1, round(float(data.lengths.mean()) * min(config.batch_size, len(data))))
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         rows = min(mean_tokens, config.token_budget)
         self.ceiling = matmul_rate(model.matmul_shapes(), rows, dtype=dtype, device=model.device)
-        self.start = self.last = time.perf_counter()
-        self.examples = self.tokens = self.positions = 0
+        self.last = time.perf_counter()
 
     def update(self, result: StepResult) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        self.examples += result.examples
-        self.tokens += result.tokens
-        self.positions += result.positions
+        self.progress.loss = result.loss
+        self.progress.seconds += seconds
+        self.progress.examples += result.examples
+        self.progress.tokens += result.tokens
+        self.progress.positions += result.positions
         return {
             "seconds": seconds,
             "examples_per_second": result.examples / seconds,
@@ -235,18 +241,17 @@ class _Meter:
     def _share(self, tokens_per_second: float) -> float:
         return 6 * self.trunk_parameters * tokens_per_second / self.ceiling
 
-    def result(self, progress: Progress, loss: float, steps_per_epoch: int) -> TrainResult:
-        seconds = self.last - self.start
-        rate = 1 / seconds if seconds > 0 else 0.0
+    def result(self, steps_per_epoch: int) -> TrainResult:
+        progress = self.progress
         return TrainResult(
             steps=progress.step,
             epochs=progress.step / steps_per_epoch,
-            final_loss=loss,
+            final_loss=progress.loss,
             best_epoch=progress.best_epoch,
             stopped_early=progress.stopped,
-            seconds=seconds,
-            examples_per_second=self.examples * rate,
-            ceiling_share=self._share(self.tokens * rate),
-            positions_per_token=self.positions / max(self.tokens, 1),
+            seconds=progress.seconds,
+            examples_per_second=progress.examples / progress.seconds,
+            ceiling_share=self._share(progress.tokens / progress.seconds),
+            positions_per_token=progress.positions / max(progress.tokens, 1),
             peak_memory=peak_memory(),
         )

@@ -71,7 +71,7 @@ def accumulate(
         if precision == "bf16":
             outputs = {head: out.float() for head, out in outputs.items()}
         items = task.item_losses(outputs, batch)
-        parts = {h: items[h] @ torch.from_numpy(one[h] / totals[h]).to(items[h]) for h in present}
+        parts = {h: items[h] @ torch.from_numpy(one[h].astype(np.float64) / totals[h]).to(items[h]) for h in present}
         torch.stack(list(parts.values())).sum().backward()
         for head, part in parts.items():
             losses[head] += float(part.detach())

@@ -65,6 +65,8 @@ def create_app(engines: Mapping[str, Engine], limits: Limits | None = None) -> F
         title="Lexmill",
         version=version("lexmill"),
         lifespan=lifespan,
+        docs_url=None,  # its page would fetch scripts from elsewhere
+        redoc_url=None,
         exception_handlers=HANDLERS,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )

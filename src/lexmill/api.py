@@ -1,0 +1,234 @@
+"""The Python surface: the verbs of the command line as functions, with the same names and defaults.
+
+Every function imports its room in its own body, so that looking at data costs no import of torch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lexmill.errors import UserError
+
+if TYPE_CHECKING:
+    from lexmill.artifact import Artifact
+    from lexmill.data import Source
+    from lexmill.data.check import DataReport
+    from lexmill.engine import TorchEngine
+    from lexmill.evaluate import Evaluation
+    from lexmill.fit import FitResult, Watch
+    from lexmill.verify import Verification
+
+__all__ = ["OpenArtifact", "check", "evaluate", "fit", "load", "serve", "verify"]
+
+
+def fit(
+    train: Path | str | None = None,
+    *,
+    out: Path | str,
+    config: Path | str | None = None,
+    task: str | None = None,
+    model: Path | str | None = None,
+    test: Path | str | None = None,
+    validation: Path | str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    max_length: int | None = None,
+    seed: int | None = None,
+    encoding: str | None = None,
+    skip_bad: bool = False,
+    set: Sequence[str] | Mapping[str, Any] = (),
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> FitResult:
+    """Fine-tune a model on labelled text and write an artefact. What is None comes from `config`, else the default.
+
+    Args:
+        train: labelled rows: CSV, TSV, JSONL (.gz, .xz), Parquet.
+        out: the artefact to write; must not exist.
+        config: a recipe in TOML.
+        model: a Hugging Face directory, an artefact, or `minilm`.
+        test: rows to evaluate on at the end; `validation`: rows to pick the best epoch by.
+        text, text_pair, label: columns; guessed otherwise.
+        set: any other key of the config, e.g. `{"train.warmup": 0.1}`.
+        resume: go on with an interrupted run.
+        watch: who follows the run; nobody by default.
+
+    Raises:
+        UserError: for anything wrong with what was given; it names the place.
+        Failure: for what went wrong outside, such as a full disk.
+    """
+    from lexmill.config import load
+    from lexmill.fit import FitConfig, fit
+
+    flags: dict[str, Any] = {
+        "data.train": train, "data.test": test, "data.validation": validation, "data.text": text,
+        "data.text_pair": text_pair, "data.label": label, "data.encoding": encoding,
+        "data.skip_bad": True if skip_bad else None, "task": task, "model": model, "train.epochs": epochs,
+        "train.batch_size": batch_size, "train.learning_rate": learning_rate, "train.seed": seed,
+        "options.max_length": max_length,
+    }  # fmt: skip
+    loaded = load(FitConfig, file=Path(config) if config is not None else None, sets=set, flags=flags)
+    return fit(loaded.value, out, resume=resume, watch=watch, origins=loaded.origins)
+
+
+def check(
+    data: Path | str,
+    *,
+    test: Path | str | None = None,
+    model: Path | str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    max_length: int = 128,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+) -> DataReport:
+    """Look at data before training on it: rows, labels, duplicates, conflicts, overlap.
+
+    Args:
+        test: test rows, to look for overlap and unknown labels.
+        model: whose tokenizer counts tokens; texts of more than `max_length` are then reported.
+        text, text_pair, label: columns; guessed otherwise.
+    """
+    from lexmill.data import find_columns, open_source
+    from lexmill.data.check import check
+
+    source = open_source(data, encoding=encoding, skip_bad=skip_bad)
+    other = open_source(test, encoding=encoding, skip_bad=skip_bad) if test is not None else None
+    columns = find_columns(source, {"text": text, "text_pair": text_pair, "label": label})
+    if model is None:
+        return check(source, other, columns)
+    from lexmill.data.tokenizer import load_tokenizer
+    from lexmill.fit import model_directory
+
+    tokenizer = load_tokenizer(model_directory(str(model)))
+    return check(source, other, columns, tokenizer=tokenizer, max_tokens=max_length)
+
+
+@dataclass(frozen=True)
+class OpenArtifact:
+    """An artefact in memory, ready to answer; `load` makes it."""
+
+    artifact: Artifact
+    engine: TorchEngine
+
+    def predict(self, texts: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
+        """One answer a text, as `POST /v1/{task}` gives it.
+
+        Args:
+            texts: what the task's request lists: texts, or pairs of them where the model was trained on pairs.
+            options: the request's other fields, e.g. `top_k=3`.
+
+        Raises:
+            UserError: where the texts or options are not what the task takes.
+        """
+        from pydantic import ValidationError
+
+        task = self.engine.task
+        if not texts:
+            return []
+        try:
+            request = task.Request.model_validate({next(iter(task.Request.model_fields)): list(texts), **options})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise UserError(
+                fault["msg"], where=where, hint=f"it takes: {', '.join(task.Request.model_fields)}"
+            ) from error
+        answers: list[dict[str, Any]] = []
+        for _, answer in self.engine.run_stream(task.items(request)):
+            if isinstance(answer, Exception):
+                raise answer
+            answers.append(task.render(answer, request))
+        return answers
+
+    def evaluate(
+        self,
+        data: Path | str,
+        *,
+        encoding: str = "utf-8",
+        skip_bad: bool = False,
+        report: Path | str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Score the model on labelled rows; see `evaluate`."""
+        from lexmill.data import open_source
+        from lexmill.evaluate import evaluate
+
+        if report is not None and not Path(report).parent.is_dir():
+            raise UserError("there is no such directory", where=str(Path(report).parent), hint="make it first")
+        source = open_source(data, encoding=encoding, skip_bad=skip_bad)
+        lines = array("q")
+        records = _noting_lines(source, lines)
+        found = evaluate(self.engine, records, progress=progress, where=lambda i: source.where(lines[i]))
+        if report is not None:
+            from lexmill.evaluate.report import Report, write_report
+
+            summary = {"artefact": str(self.artifact.path), "data": str(data), "rows": f"{found.rows:,}"}
+            title = f"{self.artifact.path.name} on {source.path.name}"
+            write_report(Path(report), Report(title, summary, [], found.metrics, None))
+        return found
+
+    def show(self) -> None:
+        """Print what the artefact is, was made from and can do."""
+        from lexmill.artifact import describe
+
+        print("\n".join(describe(self.artifact)))
+
+
+def _noting_lines(source: Source, lines: array[int]) -> Iterator[dict[str, Any]]:
+    for row in source:
+        lines.append(row.line)
+        yield row.values
+
+
+def load(path: Path | str) -> OpenArtifact:
+    """Open an artefact, its hashes checked, and load its model. Raises `UserError` where it is damaged."""
+    from lexmill.artifact import Artifact
+    from lexmill.engine import open_engine
+
+    artifact = Artifact.open(Path(path))
+    return OpenArtifact(artifact, open_engine(artifact))
+
+
+def evaluate(
+    artifact: Path | str,
+    data: Path | str,
+    *,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+    report: Path | str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Score a model on labelled data, with confidence intervals.
+
+    Args:
+        report: write an HTML report here.
+        progress: told how many rows are done.
+
+    Raises:
+        UserError: with `file:line` for a row that cannot be scored, e.g. for a label that training never saw.
+    """
+    return load(artifact).evaluate(data, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress)
+
+
+def verify(artifact: Path | str) -> Verification:
+    """Check number by number that what was trained is what is stored and served."""
+    from lexmill.verify import verify
+
+    return verify(artifact)
+
+
+def serve(artifacts: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 8100) -> None:
+    """Serve artefacts over HTTP until SIGINT or SIGTERM; port 0 picks a free one."""
+    from lexmill.serve import serve
+
+    serve(artifacts, host=host, port=port)

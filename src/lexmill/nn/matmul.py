@@ -1,0 +1,58 @@
+"""`x Wᵀ + b` by the faster of the two libraries that torch carries for a CPU.
+
+`F.linear` in float32 goes to MKL. On a CPU with AVX-512, oneDNN's matrix multiply takes the weight as it lies in
+memory, adds the bias on the way, and is 10 to 20 % faster at an encoder's shapes; `docs/log.md` has the figures. The
+product for the weight's gradient is MKL's in both.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+_FEWEST_ROWS = 8
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether this is a CPU on which oneDNN was measured to win, in a torch that has it."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def linear(
+    x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
+) -> Float[Tensor, "*rows out"]:
+    """What `F.linear` computes, to within rounding."""
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2
+    if not plain or len(x) < _FEWEST_ROWS or torch.is_autocast_enabled("cpu") or not _onednn_is_faster():
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            _product(grad, weight.t(), None) if to_x else None,
+            grad.t() @ x if to_weight else None,
+            grad.sum(0) if to_bias else None,
+        )

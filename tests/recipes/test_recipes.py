@@ -1,0 +1,113 @@
+"""Every recipe loads strictly, and runs: on a few of its own rows, with a small model in the place of its own."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tests.small_classifier import small_tokenizer
+
+from lexmill import models
+from lexmill.config import load
+from lexmill.data import open_source
+from lexmill.data.bundled import banking77
+from lexmill.engine import TorchEngine
+from lexmill.fit import DataConfig, FitConfig, fit
+from lexmill.models import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SPLITS = ("train", "validation", "test")
+ROWS_A_LABEL = 6
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Paths in recipes are relative to the root of the repository."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LEXMILL_CACHE", str(tmp_path / "cache"))
+
+
+def recipe(file: Path) -> FitConfig:
+    """The recipe's config; skips where its data is not there."""
+    config = load(FitConfig, file=file).value
+    for split in SPLITS:
+        path: Path | None = getattr(config.data, split)
+        if path is not None and not path.exists():
+            pytest.skip(f"needs {path}")
+    return config
+
+
+def few_rows(config: FitConfig, folder: Path) -> list[str]:
+    """A few rows of each file, all with the two most frequent labels of training, and the settings that name them."""
+    frequent = Counter(row.values["label"] for row in open_source(config.data.train)).most_common(2)
+    wanted = [label for label, _ in frequent]
+    sets: list[str] = []
+    for split in SPLITS:
+        path: Path | None = getattr(config.data, split)
+        if path is None:
+            continue
+        rows = [row.values for row in open_source(path)]
+        chosen = [row for label in wanted for row in [r for r in rows if r["label"] == label][:ROWS_A_LABEL]]
+        file = folder / f"{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        sets.append(f'data.{split}="{file}"')
+    return sets
+
+
+def small_model(config: FitConfig, folder: Path) -> Path:
+    """A directory to start from: the decoder of the example that the recipe names, or a small BERT."""
+    out = folder / "base"
+    if config.task == "generate":
+        runpy.run_path(str(ROOT / "examples" / "tiny_llama.py"))["main"](out)
+        return out
+    out.mkdir()
+    tokenizer = small_tokenizer()
+    shape = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=8,
+        intermediate_size=64,
+        max_positions=512,
+        type_vocab_size=2,
+    )
+    models.save(models.init(shape, "bert", seed=0), out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    return out
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_says_where_each_of_its_values_stands(file: Path) -> None:
+    loaded = load(FitConfig, file=file)
+    assert loaded.origins["model"].startswith(f"{file}:")
+    assert loaded.origins["train.epochs"].startswith(f"{file}:")
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_runs(file: Path, tmp_path: Path) -> None:
+    config = recipe(file)
+    sets = few_rows(config, tmp_path)
+    sets += [f'model="{small_model(config, tmp_path)}"', "train.epochs=1", "train.batch_size=8"]
+    loaded = load(FitConfig, file=file, sets=sets)
+    result = fit(loaded.value, tmp_path / "out", origins=loaded.origins)
+    assert result.training["steps"] == 2
+    assert result.test is not None
+    assert result.test["rows"] == 2 * ROWS_A_LABEL
+    engine = TorchEngine(result.artifact)
+    asked = engine.task.items(engine.task.probe(["where is my card"]))
+    ((_, answer),) = engine.run_stream(asked)
+    assert engine.task.render(answer)
+
+
+def test_the_banking77_recipe_is_the_demo() -> None:
+    recipe = load(FitConfig, file=ROOT / "recipes" / "banking77.toml").value
+    train, test = banking77()
+    same = DataConfig(recipe.data.train.resolve(), test=recipe.data.test and recipe.data.test.resolve())
+    assert same == DataConfig(train.resolve(), test=test.resolve())
+    assert recipe == FitConfig(recipe.data)

@@ -316,7 +316,7 @@ from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from lexmill.artifact import Manifest, TaskRecord, create
-from lexmill.errors import UserError
+from lexmill.errors import Failure
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -327,7 +327,7 @@ def attempt(name, fill):
         with create(root / name, discard_on_error=True) as writer:
             fill(writer)
             writer.manifest = Manifest(task=TaskRecord(name="classify", state={"x": "y" * 200_000}))
-    except UserError as error:
+    except Failure as error:
         assert error.message == "disk full", error
         assert error.where == str(root / (name + ".partial")), error
     else:

@@ -33,12 +33,12 @@ class Said:
 
 
 def lexmill(*args: str | Path, stdin: str = "") -> Said:
-    """One command in this process. Whatever `main` does not turn into an exit code fails the test, with its traceback."""
+    """One command in this process. What `main` does not turn into an exit code fails the test, with its traceback."""
     out, err, argv, keyboard = io.StringIO(), io.StringIO(), sys.argv, sys.stdin
     reading, writing = os.pipe()
     os.write(writing, stdin.encode())
     os.close(writing)
-    sys.argv, sys.stdin = ["lexmill", *map(str, args)], open(reading)
+    sys.argv, sys.stdin = ["lexmill", *map(str, args)], os.fdopen(reading)
     try:
         with redirect_stdout(out), redirect_stderr(err):
             cli.main()
@@ -81,7 +81,9 @@ def tree(root: Path) -> dict[str, bytes | None]:
 def rows(count: int = 24, labels: Iterable[str] = ("card", "pin")) -> list[dict[str, Any]]:
     """Labelled questions, no two alike."""
     names = list(labels)
-    return [{"text": f"question {i} about my {names[i % len(names)]}", "label": names[i % len(names)]} for i in range(count)]
+    return [
+        {"text": f"question {i} about my {names[i % len(names)]}", "label": names[i % len(names)]} for i in range(count)
+    ]
 
 
 def jsonl(content: Iterable[Mapping[str, Any]]) -> str:
@@ -106,7 +108,9 @@ def fitted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.jsonl").write_text(jsonl(rows()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEXMILL_CACHE", str(folder / "cache"))
-        said = lexmill("fit", folder / "train.jsonl", "--model", tiny, "--out", folder / "topics", "--epochs", "1", "-q")
+        said = lexmill(
+            "fit", folder / "train.jsonl", "--model", tiny, "--out", folder / "topics", "--epochs", "1", "-q"
+        )
     assert said.code == 0, said
     return folder / "topics"
 

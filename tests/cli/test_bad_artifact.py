@@ -76,24 +76,45 @@ ARTEFACT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "flipped bit": (flip, ("model.safetensors", "does not match its sha256", "copy the artefact again")),
     "truncated weights": (cut, ("model.safetensors", "bytes instead of", "truncated")),
     "missing file": (lambda path: (path / "tokenizer.json").unlink(), ("tokenizer.json", "the file is missing")),
-    "extra file": (lambda path: (path / "notes.txt").write_text("x"), ("notes.txt", "manifest does not list", "remove it")),
+    "extra file": (
+        lambda path: (path / "notes.txt").write_text("x"),
+        ("notes.txt", "manifest does not list", "remove it"),
+    ),
     "pickle": (pickled, ("'pytorch_model.bin' may hold pickled code", ".safetensors")),
     "link": (linked, ("probes.json", "holds no links", "put the file itself there")),
-    "manifest is no JSON": (lambda path: (path / "manifest.json").write_text("{"), ("manifest.json:1", "not valid JSON")),
-    "manifest is a list": (lambda path: (path / "manifest.json").write_text("[]"), ("manifest.json", "not a Lexmill manifest")),
-    "newer schema": (manifest(lambda m: m.update(schema_version=99)), ("manifest.json", "schema version 99", "pip install -U lexmill")),
+    "manifest is no JSON": (
+        lambda path: (path / "manifest.json").write_text("{"),
+        ("manifest.json:1", "not valid JSON"),
+    ),
+    "manifest is a list": (
+        lambda path: (path / "manifest.json").write_text("[]"),
+        ("manifest.json", "not a Lexmill manifest"),
+    ),
+    "newer schema": (
+        manifest(lambda m: m.update(schema_version=99)),
+        ("manifest.json", "schema version 99", "pip install -U lexmill"),
+    ),
     "unknown key in the manifest": (manifest(lambda m: m.update(extra=1)), ("manifest.json", "'extra' is wrong")),
     "path that leaves the artefact": (
         manifest(lambda m: m["files"].update({"../evil.json": next(iter(m["files"].values()))})),
         ("'../evil.json' is not a path inside the artefact",),
     ),
-    "unknown task": (manifest(lambda m: m["task"].update(name="clasify")), ("manifest.json", "unknown task 'clasify'", "known tasks: classify")),
-    "state of the task is wrong": (manifest(lambda m: m["task"].update(state={})), ("manifest.json", "state of the task 'classify' is wrong")),
-    "tokenizer of another model": (then_rehash(other_vocabulary), ("topics", "'zzz'", "token embeddings", "the tokenizer the model was trained with")),
+    "unknown task": (
+        manifest(lambda m: m["task"].update(name="clasify")),
+        ("manifest.json", "unknown task 'clasify'", "known tasks: classify"),
+    ),
+    "state of the task is wrong": (
+        manifest(lambda m: m["task"].update(state={})),
+        ("manifest.json", "state of the task 'classify' is wrong"),
+    ),
+    "tokenizer of another model": (
+        then_rehash(other_vocabulary),
+        ("topics", "'zzz'", "token embeddings", "the tokenizer the model was trained with"),
+    ),
     "truncated weights, rehashed": (then_rehash(cut), ("model.safetensors", "not a readable safetensors file")),
     "unfinished": (lambda path: path.rename(path.with_name("topics.partial")), ("unfinished", "--resume")),
     "gone": (shutil.rmtree, ("topics", "no such")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ARTEFACT)
@@ -103,7 +124,11 @@ def test_a_damaged_artefact_is_refused_by_every_verb(name: str, work: Path, fitt
     damage(work / "topics")
     before = tree(work)
     # `show` reads no weights and knows no task.
-    verbs = ["evaluate", "predict"] if {"task", "rehashed", "tokenizer"} & set(name.split()) else ["show", "evaluate", "predict"]
+    verbs = (
+        ["evaluate", "predict"]
+        if {"task", "rehashed", "tokenizer"} & set(name.split())
+        else ["show", "evaluate", "predict"]
+    )
     for verb in verbs:
         refused(lexmill(verb, "topics", *(["train.jsonl"] if verb != "show" else [])), *says)
     assert tree(work) == before
@@ -112,7 +137,10 @@ def test_a_damaged_artefact_is_refused_by_every_verb(name: str, work: Path, fitt
 def test_serve_refuses_a_missing_artefact_before_it_listens(work: Path) -> None:
     said = process("serve", "runs/none", "--port", "0")
     assert said.code == 2
-    assert said.err.splitlines()[1:] == ["error: runs/none: there is no such directory", "  give the directory of an artefact"]
+    assert said.err.splitlines()[1:] == [
+        "error: runs/none: there is no such directory",
+        "  give the directory of an artefact",
+    ]
     assert said.out == ""
 
 
@@ -141,6 +169,14 @@ MODEL: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda path: edit(path / "config.json", lambda c: c.update(hidden_act="relu6")),
         ("config.json", "hidden_act", "relu6"),
     ),
+    "no heads": (
+        lambda path: edit(path / "config.json", lambda c: c.update(num_attention_heads=0)),
+        ("config.json", "heads and widths must be at least 1"),
+    ),
+    "list for a word": (
+        lambda path: edit(path / "config.json", lambda c: c.update(hidden_act=[])),
+        ("config.json", "hidden_act", "can be: gelu"),
+    ),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), ("base", "no model.safetensors")),
     "pickled weights": (
         lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
@@ -152,11 +188,17 @@ MODEL: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda path: edit(path / "config.json", lambda c: c.update(intermediate_size=65)),
         ("model.safetensors", "has shape", "config.json says it should be"),
     ),
-    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), ("base", "no tokenizer", "tokenizer.json or vocab.txt")),
+    "no tokenizer": (
+        lambda path: (path / "tokenizer.json").unlink(),
+        ("base", "no tokenizer", "tokenizer.json or vocab.txt"),
+    ),
     "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{\n'"), ("tokenizer.json:2", "not JSON")),
-    "tokenizer of another kind": (lambda path: (path / "tokenizer.json").write_text("{}"), ("tokenizer.json", "not a tokenizer")),
+    "tokenizer of another kind": (
+        lambda path: (path / "tokenizer.json").write_text("{}"),
+        ("tokenizer.json", "not a tokenizer"),
+    ),
     "tokenizer of another model": (other_vocabulary, ("base", "'zzz'", "token embeddings")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODEL)

@@ -44,19 +44,67 @@ DATA = [
     one("header only", "a.csv", b"text,label\n", "holds no rows", "at least one row"),
     one("blank lines only", "a.jsonl", b"\n\n  \n", "holds no rows"),
     one("one class only", "a.jsonl", jsonl(rows(labels=["x"])).encode(), "'label' is 'x'", "nothing to learn"),
-    one("no label at all", "a.jsonl", jsonl({"text": f"hello {i}", "label": None} for i in range(5)).encode(),
-        "no row of a.jsonl has a label in 'label'"),
-    one("rows without a text", "a.jsonl", GOOD + b'{"label": "card"}\n', "1 rows of a.jsonl lack a text", "a.jsonl:25: no 'text'"),
-    one("every text empty", "a.csv", b"text,label\n,a\n,b\n  ,a\n", "3 texts of a.csv are empty", "a.csv:2", args="--text text"),
-    one("line of over a megabyte", "a.jsonl", GOOD + b'{"text": "' + b"x" * 1_200_000 + b'"}\n', "a.jsonl:25", "1.2 MB", "limit is 1.0 MB"),
+    one(
+        "no label at all",
+        "a.jsonl",
+        jsonl({"text": f"hello {i}", "label": None} for i in range(5)).encode(),
+        "no row of a.jsonl has a label in 'label'",
+    ),
+    one(
+        "rows without a text",
+        "a.jsonl",
+        GOOD + b'{"label": "card"}\n',
+        "1 rows of a.jsonl lack a text",
+        "a.jsonl:25: no 'text'",
+    ),
+    one(
+        "every text empty",
+        "a.csv",
+        b"text,label\n,a\n,b\n  ,a\n",
+        "3 texts of a.csv are empty",
+        "a.csv:2",
+        args="--text text",
+    ),
+    one(
+        "line of over a megabyte",
+        "a.jsonl",
+        GOOD + b'{"text": "' + b"x" * 1_200_000 + b'"}\n',
+        "a.jsonl:25",
+        "1.2 MB",
+        "limit is 1.0 MB",
+    ),
     one("NUL bytes", "a.csv", b"text,label\nhel\0lo,a\n", "a.csv:2", "NUL byte at byte 14", "--encoding utf-16"),
-    one("wrong encoding", "a.csv", "text,label\ngrüße,a\n".encode("cp1252"), "a.csv:2", "byte 0xfc", "not utf-8", "--encoding gb18030 or cp1252"),
+    one(
+        "wrong encoding",
+        "a.csv",
+        "text,label\ngrüße,a\n".encode("cp1252"),
+        "a.csv:2",
+        "byte 0xfc",
+        "not utf-8",
+        "--encoding gb18030 or cp1252",
+    ),
     one("UTF-16 without saying so", "a.csv", "text,label\nhi,a\n".encode("utf-16"), "a.csv:1", "--encoding utf-16"),
     Bad("unknown encoding", "a.csv --encoding utf-99", ("--encoding", "'utf-99'", "for example utf-8"), {"a.csv": CSV}),
-    one("broken JSON line", "a.jsonl", GOOD + b'{"text": "hi", label: 1}\n', "a.jsonl:25", "not JSON", "column 16", 'as in {"text"'),
+    one(
+        "broken JSON line",
+        "a.jsonl",
+        GOOD + b'{"text": "hi", label: 1}\n',
+        "a.jsonl:25",
+        "not JSON",
+        "column 16",
+        'as in {"text"',
+    ),
     one("JSON line that is no object", "a.jsonl", GOOD + b'["hi", "card"]\n', "a.jsonl:25", "a list, not an object"),
     one("quote never closed", "a.csv", CSV + b'"never closed,b\n', "a.csv:3", "never closed", "twice"),
-    one("wrong column count", "a.csv", CSV + b"a text, with a comma,b\n", "a.csv:3", "3 columns", "header has 2 (text, label)", "double quotes"),
+    one(
+        "wrong column count",
+        "a.csv",
+        CSV + b"a text, with a comma,b\n",
+        "a.csv:3",
+        "3 columns",
+        "header has 2 (text, label)",
+        "double quotes",
+    ),
     one("column named twice", "a.csv", b"text,label,text\nx,y,z\n", "a.csv:1", "two columns are named 'text'"),
     one("column without a name", "a.csv", b"text,,label\nx,y,z\n", "a.csv:1", "column 2 has no name"),
     one("another delimiter", "a.csv", b"text;label\nx;y\n", "a.csv:1", "';'", "delimiter"),
@@ -65,41 +113,124 @@ DATA = [
     one("truncated xz", "a.jsonl.xz", lzma.compress(GOOD * 50)[:-60], "cut off", "copy or download"),
     one("suffix that is not true", "a.jsonl.gz", GOOD, "a.jsonl.gz:1", "suffix is not true"),
     one("broken Parquet", "a.parquet", b"PAR1 no more", "not a Parquet file", "write the file again"),
-    one("column that does not exist", "train.jsonl", GOOD, "no column 'txt'", "did you mean 'text'?", "label", args="--text txt"),
-    one("no text column", "a.csv", b"id,label\n1,2\n2,3\n", "no column looks like text", "--text", "id, label", args="--label id"),
-    one("list of labels", "a.jsonl", jsonl([*rows(), {"text": "both of them", "label": ["card", "pin"]}]).encode(),
-        "a.jsonl:25", "['card', 'pin']", "options.multi_label=true"),
-    Bad("unknown label in the test data", "train.jsonl --test t.jsonl", ("t.jsonl", "test data but not in the training", "'fee', 12 test rows"),
-        {"t.jsonl": jsonl(rows(labels=["card", "fee"])).encode()}),
-    Bad("no label in the test data", "train.jsonl --test t.csv", ("t.csv", "no row of t.csv has a label in 'label'"),
-        {"t.csv": b"text,label\nhello,\n"}),
-    Bad("test data without the text column", "train.jsonl --test t.csv", ("t.csv", "lack a text", "no 'text'"),
-        {"t.csv": b"sentence,label\nhello,card\n"}),
-    Bad("unknown label in the validation data", "train.jsonl --validation v.jsonl", ("v.jsonl", "validation data but not", "'fee'"),
-        {"v.jsonl": jsonl(rows(labels=["card", "fee"])).encode()}),
-]  # fmt: skip
+    one(
+        "column that does not exist",
+        "train.jsonl",
+        GOOD,
+        "no column 'txt'",
+        "did you mean 'text'?",
+        "label",
+        args="--text txt",
+    ),
+    one(
+        "no text column",
+        "a.csv",
+        b"id,label\n1,2\n2,3\n",
+        "no column looks like text",
+        "--text",
+        "id, label",
+        args="--label id",
+    ),
+    one(
+        "list of labels",
+        "a.jsonl",
+        jsonl([*rows(), {"text": "both of them", "label": ["card", "pin"]}]).encode(),
+        "a.jsonl:25",
+        "['card', 'pin']",
+        "options.multi_label=true",
+    ),
+    Bad(
+        "unknown label in the test data",
+        "train.jsonl --test t.jsonl",
+        ("t.jsonl", "test data but not in the training", "'fee', 12 test rows"),
+        {"t.jsonl": jsonl(rows(labels=["card", "fee"])).encode()},
+    ),
+    Bad(
+        "no label in the test data",
+        "train.jsonl --test t.csv",
+        ("t.csv", "no row of t.csv has a label in 'label'"),
+        {"t.csv": b"text,label\nhello,\n"},
+    ),
+    Bad(
+        "test data without the text column",
+        "train.jsonl --test t.csv",
+        ("t.csv", "lack a text", "no 'text'"),
+        {"t.csv": b"sentence,label\nhello,card\n"},
+    ),
+    Bad(
+        "unknown label in the validation data",
+        "train.jsonl --validation v.jsonl",
+        ("v.jsonl", "validation data but not", "'fee'"),
+        {"v.jsonl": jsonl(rows(labels=["card", "fee"])).encode()},
+    ),
+]
 
 SETTINGS = [
     Bad("no --out", "train.jsonl", ("command line", "give --out")),
-    Bad("unknown key", "train.jsonl --set train.epoch=3", ("--set train.epoch", "unknown key 'train.epoch'", "did you mean 'train.epochs'?")),
-    Bad("wrong type", "train.jsonl --set train.epochs=many", ("--set train.epochs", "'train.epochs' is 'many'", "a valid integer")),
+    Bad(
+        "unknown key",
+        "train.jsonl --set train.epoch=3",
+        ("--set train.epoch", "unknown key 'train.epoch'", "did you mean 'train.epochs'?"),
+    ),
+    Bad(
+        "wrong type",
+        "train.jsonl --set train.epochs=many",
+        ("--set train.epochs", "'train.epochs' is 'many'", "a valid integer"),
+    ),
     Bad("out of range", "train.jsonl --epochs 0", ("--epochs", "'train.epochs' is 0", "greater than or equal to 1")),
-    Bad("one of a few words", "train.jsonl --set train.schedule=square", ("'train.schedule' is 'square'", "'linear', 'cosine' or 'constant'")),
+    Bad(
+        "one of a few words",
+        "train.jsonl --set train.schedule=square",
+        ("'train.schedule' is 'square'", "'linear', 'cosine' or 'constant'"),
+    ),
     Bad("text for a number", "train.jsonl --epochs three", ("Invalid value for '--epochs'", "a valid integer")),
-    Bad("flag and --set for one key", "train.jsonl --epochs 2 --set train.epochs=3", ("given twice, by --epochs and by --set", "give it once")),
-    Bad("--set without =", "train.jsonl --set train.epochs", ("--set train.epochs", "no '='", "write --set train.epochs=3")),
-    Bad("unknown option of the task", "train.jsonl --set options.max_lenght=9", ("--set", "unknown key 'max_lenght'", "did you mean 'max_length'?")),
-    Bad("option out of range", "train.jsonl --max-length 1", ("--max-length", "'max_length' is 1", "greater than or equal to 3")),
-    Bad("broken TOML", "train.jsonl --config r.toml", ("r.toml:3", "not valid TOML"), {"r.toml": b'model = "minilm"\n[train]\nepochs = = 2\n'}),
-    Bad("unknown key in TOML", "train.jsonl --config r.toml", ("r.toml:3", "unknown key 'train.learning_rat'", "learning_rate"),
-        {"r.toml": b"[train]\nepochs = 2\nlearning_rat = 0.1\n"}),
+    Bad(
+        "flag and --set for one key",
+        "train.jsonl --epochs 2 --set train.epochs=3",
+        ("given twice, by --epochs and by --set", "give it once"),
+    ),
+    Bad(
+        "--set without =",
+        "train.jsonl --set train.epochs",
+        ("--set train.epochs", "no '='", "write --set train.epochs=3"),
+    ),
+    Bad(
+        "unknown option of the task",
+        "train.jsonl --set options.max_lenght=9",
+        ("--set", "unknown key 'max_lenght'", "did you mean 'max_length'?"),
+    ),
+    Bad(
+        "option out of range",
+        "train.jsonl --max-length 1",
+        ("--max-length", "'max_length' is 1", "greater than or equal to 3"),
+    ),
+    Bad(
+        "broken TOML",
+        "train.jsonl --config r.toml",
+        ("r.toml:3", "not valid TOML"),
+        {"r.toml": b'model = "minilm"\n[train]\nepochs = = 2\n'},
+    ),
+    Bad(
+        "unknown key in TOML",
+        "train.jsonl --config r.toml",
+        ("r.toml:3", "unknown key 'train.learning_rat'", "learning_rate"),
+        {"r.toml": b"[train]\nepochs = 2\nlearning_rat = 0.1\n"},
+    ),
     Bad("missing recipe", "train.jsonl --config no.toml", ("no.toml", "cannot read the config")),
     Bad("nothing to train on", "", ("'data.train' is not set", "--set data.train=")),
     Bad("unknown task", "train.jsonl --task clasify", ("unknown task 'clasify'", "classify, generate")),
-    Bad("early stopping without validation", "train.jsonl --set train.patience=2", ("train.patience", "needs validation data", "--validation")),
-    Bad("validation twice", "train.jsonl --validation train.jsonl --set data.validation_fraction=0.1", ("data.validation_fraction", "give one of the two")),
+    Bad(
+        "early stopping without validation",
+        "train.jsonl --set train.patience=2",
+        ("train.patience", "needs validation data", "--validation"),
+    ),
+    Bad(
+        "validation twice",
+        "train.jsonl --validation train.jsonl --set data.validation_fraction=0.1",
+        ("data.validation_fraction", "give one of the two"),
+    ),
     Bad("unknown flag", "train.jsonl --epoch 3", ("No such option", "--epoch")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("bad", [*DATA, *SETTINGS], ids=str)
@@ -112,7 +243,9 @@ def test_a_mistake_is_named_and_leaves_nothing_behind(bad: Bad, work: Path, tiny
     assert tree(work) == before
 
 
-@pytest.mark.parametrize("bad", [bad for bad in DATA if len(bad.files) == 1 and bad.args.split()[0] in bad.files], ids=str)
+@pytest.mark.parametrize(
+    "bad", [bad for bad in DATA if len(bad.files) == 1 and bad.args.split()[0] in bad.files], ids=str
+)
 def test_check_finds_it_too(bad: Bad, work: Path) -> None:
     for name, content in bad.files.items():
         (work / name).write_bytes(content)
@@ -184,7 +317,11 @@ def stopped(work: Path, tiny: Path) -> None:
 
 
 def test_out_below_a_file_is_refused(work: Path, tiny: Path) -> None:
-    refused(lexmill("fit", "train.jsonl", "--out", "train.jsonl/out", "--model", tiny, "-q"), "train.jsonl/out", "cannot write there")
+    refused(
+        lexmill("fit", "train.jsonl", "--out", "train.jsonl/out", "--model", tiny, "-q"),
+        "train.jsonl/out",
+        "cannot write there",
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,9 @@ def test_a_port_in_use_is_named_before_a_model_is_loaded(work: Path, fitted: Pat
     ("args", "says"),
     [
         (["--port", "70000"], ("'--port'", "less than or equal to 65535")),
-        (["--port", "0", "--host", "no.such.host.invalid"], ("host", "unknown host 'no.such.host.invalid'", "127.0.0.1")),
+        (["--port", "0", "--host", "no.such.invalid"], ("host", "unknown host 'no.such.invalid'", "127.0.0.1")),
     ],
-)  # fmt: skip
+)
 def test_a_bad_address_is_named(args: list[str], says: tuple[str, ...], fitted: Path) -> None:
     refused(lexmill("serve", fitted, *args), *says)
 
@@ -119,6 +119,26 @@ def test_a_full_disk_for_answers_leaves_no_file(work: Path, fitted: Path) -> Non
     (work / "many.txt").write_text("my card, please\n" * 3000)
     mount = 'mount -t tmpfs -o size=64k tmpfs "$1" && cd "$1" && shift && "$@"; code=$?; find . -type f; exit $code'
     predict = command("predict", fitted, work / "many.txt", "--out", "answers.jsonl")
-    done = subprocess.run([*TMPFS, mount, "sh", str(work / "disk"), *predict], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*TMPFS, mount, "sh", str(work / "disk"), *predict], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: answers.jsonl.partial: disk full\n")
+
+
+def test_a_full_disk_behind_standard_output_is_named(fitted: Path, work: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        asked = command("predict", fitted, "train.jsonl")
+        done = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: output: disk full\n  free some space\n")
+
+
+def test_a_reader_that_goes_away_ends_predict_quietly(fitted: Path, work: Path) -> None:
+    (work / "many.txt").write_text("my card, please\n" * 5000)
+    asked = command("predict", fitted, "many.txt")
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith('{"text": "my card, please"')
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (1, "")

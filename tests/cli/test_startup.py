@@ -24,8 +24,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; sys.argv = ['lexmill', '--help']\nfrom lexmill.cli import main\ntry: main()\nexcept SystemExit: pass"
-    assert not HEAVY & imported(code)
+    code = "import sys; sys.argv = ['lexmill', '--help']\nfrom lexmill.cli import main"
+    assert not HEAVY & imported(f"{code}\ntry: main()\nexcept SystemExit: pass")
 
 
 def test_looking_at_data_imports_no_torch() -> None:
@@ -55,7 +55,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         lexmill.predikt  # noqa: B018
 
 
-@pytest.mark.parametrize("verb", ["fit", "evaluate", "serve", "verify"])
-def test_a_verb_stays_a_function_whatever_was_imported_before(verb: str) -> None:
-    code = f"import lexmill, lexmill.{verb}\nfrom lexmill.{verb} import {verb}\nassert lexmill.{verb}.__module__ == 'lexmill.api'"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_verb_stays_a_function_whatever_was_imported_before() -> None:
+    verbs = ("fit", "evaluate", "serve", "verify")
+    lines = [f"import lexmill.{verb}; from lexmill.{verb} import {verb} as room_{verb}" for verb in verbs]
+    lines += [f"assert lexmill.{verb}.__module__ == 'lexmill.api'" for verb in verbs]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

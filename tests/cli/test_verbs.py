@@ -80,7 +80,9 @@ def test_predict_takes_another_column(work: Path, fitted: Path) -> None:
 
 
 def test_predict_answers_a_line_before_the_next_one_comes(fitted: Path) -> None:
-    with subprocess.Popen(command("predict", fitted), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asked:
+    with subprocess.Popen(
+        command("predict", fitted), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as asked:
         assert asked.stdin is not None
         assert asked.stdout is not None
         for text in ("my card", "my pin"):
@@ -121,7 +123,9 @@ def test_serve_answers_until_it_is_told_to_stop(fitted: Path) -> None:
 # --- training ---------------------------------------------------------------------------------------------------
 def test_fit_composes_recipe_flags_and_set_and_records_where_each_came_from(work: Path, short: Fit) -> None:
     (work / "recipe.toml").write_text('[train]\nepochs = 9\nschedule = "cosine"\n\n[options]\nmax_length = 32\n')
-    said = lexmill(*short, "--config", "recipe.toml", "--epochs", "1", "--set", "train.warmup=0.1", "--test", "train.jsonl")
+    said = lexmill(
+        *short, "--config", "recipe.toml", "--epochs", "1", "--set", "train.warmup=0.1", "--test", "train.jsonl"
+    )
     assert said.code == 0
     assert "test accuracy: " in said.out
     assert "text: column 'text' (by name)" in said.err
@@ -146,7 +150,7 @@ def test_fit_for_machines_and_in_silence(work: Path, short: Fit) -> None:
 
 def test_an_interrupted_fit_goes_on_where_it_stood(work: Path, short: Fit) -> None:
     (work / "train.jsonl").write_text(jsonl(rows(200)))
-    many = [*short, "--epochs", "60", "--batch-size", "4", "--set", "train.checkpoint_every=10"]
+    many = [*short, "--epochs", "10", "--batch-size", "4", "--set", "train.checkpoint_every=50"]
     with subprocess.Popen(command(*many), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not list(work.glob("out.partial/checkpoints/step-*[0-9]")):
             assert running.poll() is None, running.communicate()
@@ -158,18 +162,24 @@ def test_an_interrupted_fit_goes_on_where_it_stood(work: Path, short: Fit) -> No
     refused(lexmill(*many), "out.partial", "--resume")
     again = lexmill(*many, "--resume")
     assert again.code == 0
-    assert re.search(r"going on from step [\d,]+ of 3,000", again.err)
+    assert re.search(r"going on from step [\d,]+ of 500", again.err)
     steps = [json.loads(line)["step"] for line in (work / "out" / "run" / "events.jsonl").read_text().splitlines()]
-    assert steps == list(range(3000))
+    assert steps == list(range(500))
     assert not (work / "out.partial").exists()
 
 
 # --- Python -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("verb", "function"),
-    [(fit.fit, api.fit), (data.check, api.check), (run.evaluate, api.evaluate), (looking.verify, api.verify), (run.serve, api.serve)],
-    ids=lambda verb: verb.__module__,
-)  # fmt: skip
+    [
+        (fit.fit, api.fit),
+        (data.check, api.check),
+        (run.evaluate, api.evaluate),
+        (looking.verify, api.verify),
+        (run.serve, api.serve),
+    ],
+    ids=["fit", "check", "evaluate", "verify", "serve"],
+)
 def test_python_takes_what_the_command_line_takes(verb: Any, function: Any) -> None:
     mine = {name.rstrip("_"): p.default for name, p in inspect.signature(verb).parameters.items()}
     theirs = {name: p.default for name, p in inspect.signature(function).parameters.items()}
@@ -196,11 +206,11 @@ def test_python_from_text_to_answers(work: Path, tiny: Path, capsys: pytest.Capt
 
 
 def test_python_errors_say_what_the_command_line_says(fitted: Path, work: Path, tiny: Path) -> None:
-    with pytest.raises(lm.UserError, match="did you mean 'train.epochs'"):
+    with pytest.raises(lm.UserError, match="did you mean"):
         lm.fit("train.jsonl", out="out", model=tiny, set={"train.epoch": 3})
     with pytest.raises(lm.UserError, match="given twice"):
         lm.fit("train.jsonl", out="out", model=tiny, epochs=2, set={"train.epochs": 3})
     with pytest.raises(lm.UserError, match="it takes: texts, top_k, raw"):
         lm.load(fitted).predict(["hi"], topk=2)
-    with pytest.raises(lm.UserError, match="texts.1"):
+    with pytest.raises(lm.UserError, match=r"texts\.1"):
         lm.load(fitted).predict(["hi", 3])

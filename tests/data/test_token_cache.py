@@ -16,7 +16,7 @@ from lexmill.data.batch import IGNORE, Batch, Example, Tokens, collate
 from lexmill.data.cache import TokenCache, build_cache, cache_key, encode_chunks
 from lexmill.data.fingerprint import data_fingerprint
 from lexmill.data.sources import open_source
-from lexmill.errors import UserError
+from lexmill.errors import Failure, UserError
 
 
 def example(seed: int, *, plain: bool = False) -> Example:
@@ -114,7 +114,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
         yield example(0)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(Failure, match="the disk is full"):
         build_cache(tmp_path / "cache", full(), "a")
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.fit.conftest import Recipe
-from tests.train.parts import rows, stored, tiny_bert, tiny_llama, write_rows
+from tests.train.parts import rows, stored, tiny_llama, write_rows
 
 from lexmill.artifact import Artifact
 from lexmill.engine import Request, TorchEngine
@@ -38,7 +38,7 @@ def same(a: Artifact, b: Artifact) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(first: Artifact, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_bits_again_and_another_others(first: Artifact, recipe: Recipe, tmp_path: Path) -> None:
     again = fit(recipe(), tmp_path / "again").artifact
     other = fit(recipe(train_={"seed": 1}), tmp_path / "other").artifact
     assert same(first, again)

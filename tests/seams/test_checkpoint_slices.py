@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,7 @@ from lexmill.train.checkpoint import Checkpoint, write
 def cuts(size: int, parts: int) -> list[tuple[int, int]]:
     """`size` in `parts` of nearly equal length, some of which may be empty."""
     bounds = [size * i // parts for i in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 @settings(max_examples=25, deadline=None)
@@ -54,9 +55,7 @@ def test_any_block_of_a_grid_of_pieces_can_be_read(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(*[st.integers(1, 6)] * 3))
     whole = torch.arange(shape[0] * shape[1] * shape[2], dtype=torch.float32).reshape(shape)
     grid = [cuts(size, data.draw(st.integers(1, size))) for size in shape]
-    blocks = [
-        ((a, b, c), whole[a:x, b:y, c:z]) for a, x in grid[0] for b, y in grid[1] for c, z in grid[2]
-    ]
+    blocks = [((a, b, c), whole[a:x, b:y, c:z]) for a, x in grid[0] for b, y in grid[1] for c, z in grid[2]]
     bounds = [sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size)))) for size in shape]
     wanted = tuple(slice(*pair) for pair in bounds)
     with TemporaryDirectory() as folder:

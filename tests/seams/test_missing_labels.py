@@ -14,7 +14,7 @@ from lexmill.fit import fit
 from lexmill.monitor import read_events
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("suffix", [".csv", pytest.param(".tsv", marks=pytest.mark.slow)])
 def test_two_heads_are_trained_from_a_table_with_empty_cells(recipe: Recipe, tmp_path: Path, suffix: str) -> None:
     data = [
         {

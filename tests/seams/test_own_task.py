@@ -18,9 +18,10 @@ from tests.train.parts import rows, write_rows
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lexmill import models
 from lexmill.artifact import Artifact, render_card
 from lexmill.data.batch import Batch, Example, Tokens
-from lexmill.engine import Loaded, TorchEngine
+from lexmill.engine import TorchEngine
 from lexmill.errors import UserError
 from lexmill.evaluate import evaluate
 from lexmill.fit import Watch, fit
@@ -222,11 +223,9 @@ def test_a_second_run_goes_on_with_its_head(fitted: Artifact, recipe: Recipe, tm
 
 
 def test_a_model_with_an_unknown_kind_of_head_says_which_are_known(fitted: Artifact, tmp_path: Path) -> None:
-    from lexmill import models
-
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((fitted.path / name).read_bytes().replace(b'"kind": "number"', b'"kind": "colour"'))
+        content = (fitted.path / name).read_bytes()
+        (tmp_path / name).write_bytes(content.replace(b'"kind": "number"', b'"kind": "colour"'))
     with pytest.raises(UserError, match="unknown kind of head 'colour'") as raised:
         models.load(tmp_path)
     assert "classifier, lm, number" in (raised.value.hint or "")
-    assert Loaded

@@ -73,7 +73,7 @@ def test_several_labels_come_as_lists_or_with_bars_between_them(form: str) -> No
 
 
 def test_a_list_without_multi_label_says_what_to_set() -> None:
-    with pytest.raises(UserError, match="options.multi_label"):
+    with pytest.raises(UserError, match=r"options\.multi_label"):
         task_of([["card", "fee"], ["balance"]])
 
 

@@ -42,7 +42,9 @@ def rows(count: int, *, classes: int = 4) -> list[dict[str, str]]:
     return [dict(groups[i % classes][i // classes]) for i in range(count)]
 
 
+@cache
 def tokenizer() -> Tokenizer:
+    """MiniLM's; a task sets its truncation at each use."""
     return load_tokenizer(model_directory("minilm"))
 
 
@@ -122,6 +124,7 @@ def stored(model: Model, directory: Path) -> Path:
     """A model directory for `fit`."""
     directory.mkdir()
     models.save(model, directory)
+    tokenizer().no_truncation()
     tokenizer().save(str(directory / "tokenizer.json"))
     return directory
 

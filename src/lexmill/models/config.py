@@ -95,6 +95,9 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, is {getattr(self, name)}", where=name)
+        for name in ("type_vocab_size", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise UserError(f"must be at least 0, is {getattr(self, name)}", where=name)
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even dimension, not {self.head_dim}", where="head_dim")
         for index in range(self.num_layers):

@@ -19,3 +19,7 @@ class Embedding(nn.Embedding):
     def __init__(self, num: int, dim: int, *, sparse: bool = False, role: Role = "replicated") -> None:
         super().__init__(num, dim, sparse=sparse)
         self.role: Role = role
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # as in `Linear`
+            super().reset_parameters()

@@ -27,6 +27,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.role: Role = role
 
+    def reset_parameters(self) -> None:
+        # On the meta device there is nothing to draw, and drawing there makes torch import its compiler (1.5 s).
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         return linear(input, self.weight, self.bias)
 

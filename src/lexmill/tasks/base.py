@@ -156,5 +156,3 @@ def find(name: str) -> type[Task]:
     if name not in _REGISTRY:
         raise UserError(f"unknown task '{name}'", hint=f"known tasks: {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
-
-

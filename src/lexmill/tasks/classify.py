@@ -135,10 +135,9 @@ class Classify(Task):
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         heads = [
-            Head(head["name"], head["column"], tuple(head["labels"]), tuple(head["weights"]))
-            for head in state["heads"]
+            Head(head["name"], head["column"], tuple(head["labels"]), tuple(head["weights"])) for head in state["heads"]
         ]
-        options = {**state["options"], "heads": tuple(state["options"]["heads"])}
+        options: dict[str, Any] = {**state["options"], "heads": tuple(state["options"]["heads"])}
         return cls(state["columns"], heads, ClassifyOptions(**options))
 
     def state(self) -> dict[str, Any]:
@@ -190,7 +189,7 @@ class Classify(Task):
                     target[[index[label] for label in given]] = 1
                     found[head.name] = target
             elif given:
-                found[head.name] = np.int64(index[given[0]])
+                found[head.name] = np.array(index[given[0]], np.int64)
         return found
 
     # --- the model --------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class GenerateAnswer(BaseModel):
     text: str
     finish_reason: str = Field(description="`end`: the end token came; `length`: max_new_tokens were written.")
     tokens: int
-    logprobs: dict[str, float] | None = Field(default=None, description="With `raw`: index:token id to log-probability.")
+    logprobs: dict[str, float] | None = Field(default=None, description="With `raw`: index:token to log-probability.")
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,7 @@ class Generate(Task):
     def evidence(self, answer: Continuation | Score) -> dict[str, float]:
         if isinstance(answer, Score):
             return {"nll": answer.nll}
-        return {
-            f"{i}:{token}": value for i, (token, value) in enumerate(zip(answer.ids, answer.logprobs, strict=True))
-        }
+        return {f"{i}:{token}": value for i, (token, value) in enumerate(zip(answer.ids, answer.logprobs, strict=True))}
 
     def evaluate(self, answers: Sequence[Score], records: Sequence[Record]) -> Metrics:
         nll = np.array([answer.nll for answer in answers])

@@ -6,4 +6,14 @@ from lexmill.train.loop import Trainer, TrainResult
 from lexmill.train.optimizer import Optimizer
 from lexmill.train.step import StepResult, accumulate, train_step
 
-__all__ = ["Checkpoint", "Optimizer", "StepResult", "Store", "TrainConfig", "TrainResult", "Trainer", "accumulate", "train_step"]
+__all__ = [
+    "Checkpoint",
+    "Optimizer",
+    "StepResult",
+    "Store",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "accumulate",
+    "train_step",
+]

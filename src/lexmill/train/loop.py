@@ -89,9 +89,7 @@ class Trainer:
         config.check_stopping(validating=validate is not None)
         self.model, self.task, self.data, self.config = model, task, data, config
         self.validate, self.store = validate, store
-        self.order = Order(
-            len(data), config.batch_size, config.seed, lengths=data.lengths, window=config.length_window
-        )
+        self.order = Order(len(data), config.batch_size, config.seed, lengths=data.lengths, window=config.length_window)
         self.total_steps = config.epochs * self.order.steps_per_epoch
         self.optimizer = Optimizer(model, config)
         self.progress = Progress()

@@ -32,11 +32,16 @@ class AdamW:
         *,
         learning_rate: float,
         weight_decay: float,
+        grad_scale: Tensor | None = None,
     ) -> None:
-        """One update in place, by torch's fused kernel. `steps` are float32 scalars, counted up here."""
+        """One update in place, by torch's fused kernel. `steps` are float32 scalars, counted up here.
+
+        Args:
+            grad_scale: what gradients are divided by first, inside the kernel: clipping without a pass of its own.
+        """
         adamw(
             params, grads, first, second, [], steps,
-            foreach=False, fused=True, amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=learning_rate,
+            foreach=False, fused=True, grad_scale=grad_scale, amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=learning_rate,
             weight_decay=weight_decay, eps=self.epsilon, maximize=False,
         )  # fmt: skip
 
@@ -54,7 +59,7 @@ class DenseGroup:
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.params.values() if p.grad is not None]
 
-    def step(self, rule: AdamW, learning_rate: float) -> None:
+    def step(self, rule: AdamW, learning_rate: float, grad_scale: Tensor | None) -> None:
         names = [name for name, p in self.params.items() if p.grad is not None]
         if not names:
             return
@@ -66,6 +71,7 @@ class DenseGroup:
             [self.steps[n] for n in names],
             learning_rate=learning_rate,
             weight_decay=self.weight_decay,
+            grad_scale=grad_scale,
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -142,7 +148,7 @@ class RowSparse:
         return grad.values()
 
     @torch.no_grad()
-    def step(self, rule: AdamW, learning_rate: float) -> None:
+    def step(self, rule: AdamW, learning_rate: float, grad_scale: Tensor | None) -> None:
         weight, grad = self.table.weight, self.table.weight.grad
         if grad is None:
             return
@@ -151,7 +157,7 @@ class RowSparse:
         rows = weight[self.rows]
         rule.update(
             [rows], [used_grad], [self.first], [self.second], [self.steps],
-            learning_rate=learning_rate, weight_decay=self.weight_decay,
+            learning_rate=learning_rate, weight_decay=self.weight_decay, grad_scale=grad_scale,
         )  # fmt: skip
         weight[self.rows] = rows
         self.pending *= 1 - learning_rate * self.weight_decay
@@ -199,11 +205,9 @@ class Optimizer:
         grads = [grad for group in self.dense for grad in group.gradients()]
         grads += [grad for table in self.sparse if (grad := table.gradient()) is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        if self.max_grad_norm:
-            scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, scale)
+        scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0).float() if self.max_grad_norm else None
         for group in (*self.dense, *self.sparse):
-            group.step(self.rule, learning_rate)
+            group.step(self.rule, learning_rate, scale)
         self.zero_grad()
         return float(norm)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lexmill.models.families.table import Family, choice, fixed_ratio, key
+from lexmill.models.families.table import Family, choice, fixed_ratio, head_size, key
 from lexmill.models.heads import ClassifierShape
 
 FAMILY = Family(
@@ -27,12 +27,8 @@ FAMILY = Family(
         key("hidden_size", "hidden_size", int, 768),
         key("num_layers", "num_hidden_layers", int, 12),
         key("num_heads", "num_attention_heads", int, 12),
-        fixed_ratio("num_kv_heads", "num_attention_heads", lambda hf: hf.get("num_attention_heads", 12)),
-        fixed_ratio(
-            "head_dim",
-            "num_attention_heads",
-            lambda hf: hf.get("hidden_size", 768) // hf.get("num_attention_heads", 12),
-        ),
+        fixed_ratio("num_kv_heads", "num_attention_heads", lambda hf: hf.get("num_attention_heads") or 12),
+        fixed_ratio("head_dim", "num_attention_heads", head_size(768, 12)),
         key("intermediate_size", "intermediate_size", int, 3072),
         key("max_positions", "max_position_embeddings", int, 512),
         key("type_vocab_size", "type_vocab_size", int, 2),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lexmill.models.families.table import Family, choice, key, rope_settings
+from lexmill.models.families.table import Family, choice, head_size, key, rope_settings
 from lexmill.models.heads import ClassifierShape
 
 FAMILY = Family(
@@ -30,8 +30,8 @@ FAMILY = Family(
         key("hidden_size", "hidden_size", int, 4096),
         key("num_layers", "num_hidden_layers", int, 32),
         key("num_heads", "num_attention_heads", int, 32),
-        key("num_kv_heads", "num_key_value_heads", int, lambda hf: hf.get("num_attention_heads", 32)),
-        key("head_dim", "head_dim", int, lambda hf: hf.get("hidden_size", 4096) // hf.get("num_attention_heads", 32)),
+        key("num_kv_heads", "num_key_value_heads", int, lambda hf: hf.get("num_attention_heads") or 32),
+        key("head_dim", "head_dim", int, head_size(4096, 32)),
         key("intermediate_size", "intermediate_size", int, 11008),
         key("max_positions", "max_position_embeddings", int, 2048),
         key("norm_eps", "rms_norm_eps", float, 1e-6),

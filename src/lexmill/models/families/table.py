@@ -54,7 +54,7 @@ def choice(ours: str, theirs: str, names: Mapping[str, str], default: str) -> Se
 
     def read(hf: Mapping[str, Any]) -> str:
         value = hf.get(theirs, default)
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             raise UserError(f"'{value}' cannot be represented", where=theirs, hint=f"can be: {', '.join(names)}")
         return names[value]
 
@@ -62,6 +62,11 @@ def choice(ours: str, theirs: str, names: Mapping[str, str], default: str) -> Se
         hf[theirs] = next(name for name, meaning in names.items() if meaning == value)
 
     return Setting(ours, read, write)
+
+
+def head_size(hidden_size: int, num_heads: int) -> Derived:
+    """The usual size of a head, given what stands for a width or a number of heads that the config does not say."""
+    return lambda hf: (hf.get("hidden_size") or hidden_size) // (hf.get("num_attention_heads") or num_heads)
 
 
 def fixed_ratio(ours: str, theirs: str, value: Derived) -> Setting:

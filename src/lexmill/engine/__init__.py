@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lexmill.artifact import Artifact
 from lexmill.engine.base import Cancelled, Engine, Expired, Overloaded, Request, Work
 from lexmill.engine.batcher import Batcher
 from lexmill.engine.loaded import Loaded, load
@@ -28,7 +29,7 @@ __all__ = [
 RUNTIMES = {"torch": TorchEngine}
 
 
-def open_engine(path: Path | str, runtime: str = "torch", **options: Any) -> TorchEngine:
+def open_engine(path: Artifact | Path | str, runtime: str = "torch", **options: Any) -> TorchEngine:
     """The engine of this runtime for an artefact; `options` are the runtime's own. Raises `UserError` where the
     runtime is unknown or the artefact cannot be read."""
     if runtime not in RUNTIMES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -152,7 +153,13 @@ def register(task: type[T]) -> type[T]:
 
 
 def find(name: str) -> type[Task]:
-    """The task of this name, or a `UserError` that lists the known ones."""
+    """The task of this name, or a `UserError` that lists the known ones.
+
+    A package of one's own makes its task known to every process by an entry point of the group `lexmill.tasks`.
+    """
+    if name not in _REGISTRY:
+        for entry in entry_points(group="lexmill.tasks", name=name):
+            entry.load()
     if name not in _REGISTRY:
         raise UserError(f"unknown task '{name}'", hint=f"known tasks: {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]

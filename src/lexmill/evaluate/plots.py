@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -28,7 +28,8 @@ Series = tuple[Int[np.ndarray, "point"], Float[np.ndarray, "point"]]
 """Steps, ascending, and the value at each."""
 
 WIDTH = 400
-FONT = 9.5
+FONT = 10.5
+LABEL_COLUMNS = 30
 MAX_POINTS = 600
 
 # Colours that matplotlib carries through unchanged and that stand for a variable of the page.
@@ -41,7 +42,7 @@ _VARIABLES = {
     SOFT: "var(--soft)",
     SECOND: "var(--second)",
 }
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": FONT,
@@ -64,60 +65,73 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.7,
     "xtick.color": GRID,
     "xtick.labelcolor": MUTED,
-    "xtick.labelsize": FONT - 1,
+    "xtick.labelsize": FONT - 1.2,
     "ytick.labelcolor": MUTED,
-    "ytick.labelsize": FONT - 1,
+    "ytick.labelsize": FONT - 1.2,
     "ytick.major.size": 0,
     "figure.facecolor": "none",
     "lines.solid_capstyle": "round",
 }
 
 
-def learning_curve(
-    loss: Series, validation: Series, rate: Series, *, metric: str, percent: bool, epochs: Sequence[float], alt: str
+def loss_curve(loss: Series, *, epochs: Sequence[float], alt: str) -> str:
+    """Loss of each step and its smoothed course, over steps.
+
+    Args:
+        epochs: the steps at which an epoch ended, drawn as faint upright lines.
+    """
+    with _canvas(_height(169)) as figure:
+        (panel,) = _stack(figure, [169])
+        raw = thinned(loss)
+        panel.plot(*raw, color=SOFT, linewidth=0.9)
+        panel.plot(*smoothed(raw), color=MAIN, linewidth=1.8)
+        panel.set_title("Loss")
+        panel.locator_params(axis="y", nbins=5)
+        panel.set_ylim(bottom=0 if raw[1].min() >= 0 else None)
+        _mark(panel, epochs)
+        return _svg(figure, "loss", alt, {})
+
+
+def course_curves(
+    validation: Series, rate: Series, *, metric: str, percent: bool, epochs: Sequence[float], alt: str
 ) -> str:
-    """Loss of each step with its smoothed course, the validation metric, and the learning rate, over steps.
+    """The validation metric and the learning rate over steps, each where there is one.
 
     Args:
         metric: the title of the validation panel.
         percent: whether `validation` is a share of 1.
-        epochs: the steps at which an epoch ended, drawn as faint upright lines.
+        epochs: as in `loss_curve`.
     """
-    parts = [(loss, 150)] + [(series, height) for series, height in ((validation, 80), (rate, 55)) if len(series[0])]
-    with _canvas(sum(height + 34 for _, height in parts) + 14) as figure:
-        panels = _stack(figure, [height for _, height in parts])
-        steps, values = thinned(loss)
-        panels[0].plot(steps, values, color=SOFT, linewidth=0.9)
-        panels[0].plot(*smoothed((steps, values)), color=MAIN, linewidth=1.8)
-        panels[0].set_title("Loss")
-        panels[0].set_ylim(bottom=0 if values.min() >= 0 else None, top=float(np.quantile(values, 0.999)) * 1.05)
-        for panel, (series, _) in zip(panels[1:], parts[1:], strict=True):
-            if series is validation:
-                panel.plot(*series, color=SECOND, linewidth=1.6, marker="o", markersize=4, clip_on=False)
-                panel.set_title("@metric")
-                if percent:
-                    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-                panel.margins(y=0.2)
-            else:
-                panel.plot(*thinned(series), color=MUTED, linewidth=1.4)
-                panel.set_title("Learning rate")
-                panel.set_ylim(bottom=0)
-                panel.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-            panel.locator_params(axis="y", nbins=3)
+    heights = [80 if series is validation else 55 for series in (validation, rate) if len(series[0])]
+    with _canvas(_height(*heights)) as figure:
+        panels = _stack(figure, heights)
+        if len(validation[0]):
+            panels[0].plot(*validation, color=SECOND, linewidth=1.6, marker="o", markersize=4, clip_on=False)
+            panels[0].set_title("@metric")
+            panels[0].margins(y=0.2)
+            if percent:
+                panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+        if len(rate[0]):
+            panels[-1].plot(*thinned(rate), color=MUTED, linewidth=1.4)
+            panels[-1].set_title("Learning rate")
+            panels[-1].set_ylim(bottom=0)
+            panels[-1].yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
         for panel in panels:
-            for epoch in epochs:
-                panel.axvline(epoch, color=GRID, linewidth=0.7)
-        return _svg(figure, "learning", alt, {"@metric": metric})
+            panel.locator_params(axis="y", nbins=3)
+            _mark(panel, epochs)
+        return _svg(figure, "course", alt, {"@metric": metric})
 
 
 def speed_curve(tokens_per_s: Series, *, alt: str) -> str:
     """Real tokens a second, of each step and smoothed."""
-    with _canvas(150) as figure:
-        (panel,) = _stack(figure, [102])
+    with _canvas(_height(110)) as figure:
+        (panel,) = _stack(figure, [110])
         series = thinned(tokens_per_s)
         panel.plot(*series, color=SOFT, linewidth=0.9)
         panel.plot(*smoothed(series), color=MAIN, linewidth=1.8)
         panel.set_ylim(0, float(np.quantile(series[1], 0.99)) * 1.15)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g} k" if value >= 1000 else f"{value:g}")
+        panel.locator_params(axis="y", nbins=4)
         panel.set_title("Tokens a second")
         return _svg(figure, "speed", alt, {})
 
@@ -137,18 +151,20 @@ def confusion_bars(rows: Sequence[Mapping[str, Any]], *, name: str, alt: str) ->
         axes.set_xlim(0, WIDTH)
         axes.set_ylim(len(rows), 0)
         for i, row in enumerate(rows):
-            length = 300 * row["count"] / most
+            length = 270 * row["count"] / most
             axes.barh(i + 0.72, length, height=0.34, color=MAIN, align="center")
             axes.text(0, i + 0.43, f"@pair{i}", color=INK, fontsize=FONT, va="baseline")
             axes.text(length + 6, i + 0.74, f"@count{i}", color=MUTED, fontsize=FONT - 0.5, va="center_baseline")
-            texts[f"@pair{i}"] = f"{shortened(row['truth'], 34)} → {shortened(row['predicted'], 34)}"
-            share = f" ({100 * row['share']:.0f} % of its class)" if "share" in row else ""
+            texts[f"@pair{i}"] = (
+                f"{shortened(row['truth'], LABEL_COLUMNS)} → {shortened(row['predicted'], LABEL_COLUMNS)}"
+            )
+            share = f" ({100 * row['share']:.1f} % of class)" if "share" in row else ""
             texts[f"@count{i}"] = f"{row['count']:,}{share}"
         return _svg(figure, name, alt, texts)
 
 
 def reliability(rows: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> str:
-    """Accuracy at each level of confidence against the diagonal of perfect calibration, over the histogram of confidence.
+    """Accuracy at each level of confidence against the diagonal of perfect calibration, and its histogram.
 
     The thin upright lines are 95 % intervals (Wilson, 1927).
 
@@ -160,13 +176,13 @@ def reliability(rows: Sequence[Mapping[str, Any]], *, name: str, alt: str) -> st
     low, high = (np.array([row[side] for row in rows], np.float64) for side in ("low", "high"))
     accuracy = np.array([row["accuracy"] if row["count"] else np.nan for row in rows], np.float64)
     middle, width = (low + high) / 2, (high - low) * 0.86
-    with _canvas(150 + 80 + 68 + 14) as figure:
+    with _canvas(_height(150, 80)) as figure:
         top, bottom = _stack(figure, [150, 80])
         top.bar(middle, accuracy, width, color=SOFT)
         filled = count > 0
         below, above = wilson(accuracy[filled], count[filled])
-        top.vlines(middle[filled], below, above, color=MAIN, linewidth=1.2)
-        top.plot(middle[filled], accuracy[filled], "o", color=MAIN, markersize=3.6)
+        top.vlines(middle[filled], below, above, color=MAIN, linewidth=1.2, clip_on=False)
+        top.plot(middle[filled], accuracy[filled], "o", color=MAIN, markersize=3.6, clip_on=False)
         top.plot([0, 1], [0, 1], color=SECOND, linewidth=1.2, linestyle=(0, (4, 3)))
         top.set_title("Share that is right")
         top.set_ylim(0, 1)
@@ -191,13 +207,13 @@ def wilson(
 
 
 def smoothed(series: Series) -> Series:
-    """The running mean over a twentieth of the course, centred; narrower towards both ends, so that they are not dragged."""
+    """The running mean over a twentieth of the course; narrower towards the start, which is steep; cut at the end."""
     steps, values = series
-    n = len(values)
-    reach = np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]), max(1, n // 40))
+    at = np.arange(len(values))
+    reach = np.minimum(at, max(1, len(at) // 40))
+    low, high = at - reach, np.minimum(at + reach + 1, len(at))
     total = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(n)
-    return steps, (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+    return steps, (total[high] - total[low]) / (high - low)
 
 
 def thinned(series: Series) -> Series:
@@ -205,11 +221,14 @@ def thinned(series: Series) -> Series:
     steps, values = series
     group = -(-len(steps) // MAX_POINTS)
     starts = np.arange(0, len(steps), group)
-    return steps[starts], np.add.reduceat(values, starts) / np.diff([*starts, len(steps)])
+    return steps[starts], np.add.reduceat(values, starts) / np.diff(np.append(starts, len(steps)))
 
 
 def shortened(text: str, columns: int) -> str:
-    """`text` in at most `columns` columns, a Chinese character taking two: its middle gives way, since ends tell labels apart."""
+    """`text` in at most `columns` columns, a Chinese character taking two.
+
+    Its middle gives way, since labels differ at their ends.
+    """
     wide = [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text]
     if sum(wide) <= columns:
         return text
@@ -220,7 +239,7 @@ def shortened(text: str, columns: int) -> str:
 
 
 @contextmanager
-def _canvas(height: float) -> Iterator[Figure]:
+def _canvas(height: float) -> Generator[Figure]:
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -232,6 +251,16 @@ def _canvas(height: float) -> Iterator[Figure]:
         yield Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
 
 
+def _height(*panels: float) -> float:
+    """Of a canvas that holds panels of these heights, with room for a title above each and ticks below the last."""
+    return sum(panels) + 34 * len(panels) + 8
+
+
+def _mark(panel: Axes, epochs: Sequence[float]) -> None:
+    for epoch in epochs:
+        panel.axvline(epoch, color=GRID, linewidth=0.7, zorder=0.5)
+
+
 def _stack(figure: Figure, heights: Sequence[float]) -> list[Axes]:
     """Panels one above the other with one horizontal axis, placed without measuring any text."""
     total = figure.get_figheight() * 72
@@ -239,7 +268,7 @@ def _stack(figure: Figure, heights: Sequence[float]) -> list[Axes]:
     top = total
     for height in heights:
         top -= 20
-        box = (40 / WIDTH, (top - height) / total, (WIDTH - 50) / WIDTH, height / total)
+        box = (42 / WIDTH, (top - height) / total, (WIDTH - 54) / WIDTH, height / total)
         panels.append(figure.add_axes(box, sharex=panels[0] if panels else None))
         top -= height + 14
     for panel in panels[:-1]:
@@ -248,7 +277,7 @@ def _stack(figure: Figure, heights: Sequence[float]) -> list[Axes]:
 
 
 def _svg(figure: Figure, name: str, alt: str, texts: Mapping[str, str]) -> str:
-    """Serialise for a page: no prologue, metadata or style sheet; ids that no other plot has; `texts` put in their places."""
+    """As an element of a page: no metadata or style sheet, ids that no other plot has, `texts` put in their places."""
     import matplotlib as mpl
 
     buffer = io.BytesIO()
@@ -264,7 +293,7 @@ def _svg(figure: Figure, name: str, alt: str, texts: Mapping[str, str]) -> str:
         element.attrib = {_local(k): _attribute(_local(k), v, name) for k, v in element.attrib.items()}
         if element.get("id", "").removeprefix(f"{name}-").encode() not in used:
             element.attrib.pop("id", None)
-        if element.tag == "text" and element.text in texts:
+        if element.tag == "text" and element.text is not None and element.text in texts:
             element.text = texts[element.text]
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": alt}
     return ElementTree.tostring(root, encoding="unicode")

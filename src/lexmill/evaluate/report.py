@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lexmill.evaluate import plots
 
@@ -22,29 +22,24 @@ MAX_BARS = 12
 MAX_CLASSES = 30
 MAX_ROWS = 50
 
-_HEADLINE = ("accuracy", "macro_f1", "f1", "ece", "perplexity", "loss")
+_HEADLINE = ("accuracy", "macro_f1", "ece", "f1", "perplexity", "loss")
+_VALIDATION = ("accuracy", "f1", "perplexity", "loss")
 _SHARES = {
     "accuracy": ("Accuracy", "the share of examples whose answer is right"),
     "macro_f1": ("Macro-F1", "the mean of the F1 of all classes, a rare class counting as much as a frequent one"),
-    "micro_f1": ("Micro-F1", "F1 over all decisions together, so that frequent classes count more"),
-    "weighted_f1": ("Weighted F1", "the mean F1 of the classes, each counting by its examples"),
-    "f1": ("F1", "the harmonic mean of precision and recall"),
+    "f1": ("F1", "precision and recall in one number, frequent classes counting more"),
     "precision": ("Precision", "of what it claimed, the share that is right"),
     "recall": ("Recall", "of what there was to find, the share that it found"),
-    "macro_precision": ("Macro precision", "the mean precision of the classes"),
-    "macro_recall": ("Macro recall", "the mean recall of the classes"),
     "exact_match": ("Exact match", "the share of examples whose answer is right in every part"),
-    "mean_confidence": ("Mean confidence", "the mean probability that it gave its own answers"),
     "ece": ("Calibration error", "how far its confidence lies from the share that is right, on average (0 is best)"),
 }
 _NUMBERS = {
     "loss": ("Loss", "the mean negative log-likelihood (lower is better)"),
-    "nll": ("Negative log-likelihood", "how surprised it was by the right answers (lower is better)"),
     "brier": ("Brier score", "the squared error of its probabilities (0 is best)"),
     "perplexity": ("Perplexity", "among how many equally likely tokens it chose, so to speak (lower is better)"),
     "tokens": ("Tokens", "how many tokens were scored"),
-    "examples": ("Examples", "how many examples were scored"),
 }
+_PERCENT = "\N{NO-BREAK SPACE}%"
 _TABLES = ("per_class", "confused", "calibration")
 
 
@@ -112,7 +107,7 @@ def write_report(path: Path, content: Report) -> None:
 def render(content: Report) -> str:
     """The page as text. See `write_report`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, number=number)
+    environment.filters.update(percent=percent, number=number, breakable=breakable)
     template = environment.from_string(files("lexmill.evaluate").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
         title=content.title,
@@ -129,7 +124,7 @@ def render(content: Report) -> str:
 # --- numbers for people -----------------------------------------------------------------------------------------
 def percent(value: float | None, digits: int = 1) -> str:
     """A share of 1, e.g. `92.6 %`; a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}{_PERCENT}"
 
 
 def number(value: Any) -> str:
@@ -139,6 +134,11 @@ def number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return str(value)
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def breakable(text: Any) -> Markup:
+    """Escaped, and allowed to break after an underscore, as the long names of labels need."""
+    return escape(text).replace("_", Markup("_<wbr>"))
 
 
 def _bytes(value: float) -> str:
@@ -183,10 +183,11 @@ def _head(
     view.others = {n: list(rows) for n, rows in tables.items() if n not in _TABLES and rows}
     if view.confused:
         shown = view.confused[:MAX_BARS]
-        alt = "Most frequent mistakes: " + "; ".join(f"{r['truth']} taken for {r['predicted']}, {r['count']}" for r in shown[:3])
-        caption = (
-            "True class → what the model said instead. The bar is the number of such mistakes"
-            + (", beside it their share of all examples of the true class." if "share" in shown[0] else ".")
+        alt = "Most frequent mistakes: " + "; ".join(
+            f"{r['truth']} taken for {r['predicted']}, {r['count']}" for r in shown[:3]
+        )
+        caption = "True class → what the model said instead. The bar is the number of such mistakes" + (
+            ", beside it their share of all examples of the true class." if "share" in shown[0] else "."
         )
         view.confused_plot = Plot(Markup(plots.confusion_bars(shown, name=f"{key}-confused", alt=alt)), caption)
     if any(row["count"] for row in view.calibration):
@@ -196,7 +197,9 @@ def _head(
             " dashed line confidence is exact; points below it mean that the model is too sure. Below: how many answers"
             " were given with this confidence."
         )
-        view.calibration_plot = Plot(Markup(plots.reliability(view.calibration, name=f"{key}-calibration", alt=alt)), caption)
+        view.calibration_plot = Plot(
+            Markup(plots.reliability(view.calibration, name=f"{key}-calibration", alt=alt)), caption
+        )
     view.sentences = _findings(view, values, spans)
     return view
 
@@ -204,7 +207,7 @@ def _head(
 def _measure(name: str, value: float, span: tuple[float, float] | None) -> Measure:
     title, meaning = _SHARES.get(name) or _NUMBERS.get(name) or (name, "")
     show: Callable[[float], str] = percent if name in _SHARES else number
-    interval = None if span is None else f"{show(span[0]).removesuffix(' %')} to {show(span[1])}"
+    interval = None if span is None else f"{show(span[0]).removesuffix(_PERCENT)} to {show(span[1])}"
     return Measure(title, show(value), interval, meaning)
 
 
@@ -214,8 +217,12 @@ def _findings(view: HeadView, values: Mapping[str, float], spans: Mapping[str, t
     scored = sum(row["count"] for row in view.calibration)
     accuracy = values.get("accuracy")
     if accuracy is not None:
-        # With several labels an example, supports and examples are different numbers, and neither may be named as the other.
-        of = f"{round(accuracy * total):,} of {total:,} test examples" if total and total == scored else percent(accuracy)
+        # With several labels an example the supports add up to more than the examples, and the count would be wrong.
+        of = (
+            f"{round(accuracy * total):,} of {total:,} test examples"
+            if total and total == scored
+            else percent(accuracy)
+        )
         tail = ""
         if "accuracy" in spans:
             low, high = spans["accuracy"]
@@ -234,7 +241,10 @@ def _findings(view: HeadView, values: Mapping[str, float], spans: Mapping[str, t
     if view.confused:
         row = view.confused[0]
         share = f", {percent(row['share'])} of that class" if "share" in row else ""
-        said.append(f"Its most frequent mistake is to take “{row['truth']}” for “{row['predicted']}”: {row['count']:,} times{share}.")
+        said.append(
+            f"Its most frequent mistake is to take “{row['truth']}” for “{row['predicted']}”:"
+            f" {row['count']:,} times{share}."
+        )
     said += _calibration_sentence(view.calibration)
     return said
 
@@ -284,20 +294,20 @@ def _learning(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         )
     else:
         sentences.append("There was no validation data, so nothing shows when the model was at its best.")
-    svg = plots.learning_curve(
-        loss,
-        validation,
-        rate,
-        metric=f"{title} on validation data",
-        percent=metric in _SHARES,
-        epochs=_epoch_ends(events),
-        alt=" ".join(sentences),
-    )
+    epochs = _epoch_ends(events)
     caption = (
         "The faint line is the loss of each step, the strong one its running mean; the horizontal axis counts steps"
-        " and upright lines mark the ends of epochs."
+        f" and upright lines mark the ends of epochs{'' if epochs else ', where they are few enough'}."
     )
-    return {"sentences": sentences, "plot": Plot(Markup(svg), caption)}
+    drawings = [Plot(Markup(plots.loss_curve(loss, epochs=epochs, alt=sentences[0])), caption)]
+    if len(validation[0]) or len(rate[0]):
+        name = f"{title} on validation data"
+        alt = " ".join([*sentences[1:], "The learning rate is drawn over the same steps."][: 2 if len(rate[0]) else 1])
+        svg = plots.course_curves(validation, rate, metric=name, percent=metric in _SHARES, epochs=epochs, alt=alt)
+        shown = [what for what, series in ((name, validation), ("the learning rate", rate)) if len(series[0])]
+        caption = " and ".join(shown) + ", over the same steps."
+        drawings.append(Plot(Markup(svg), caption[0].upper() + caption[1:]))
+    return {"sentences": sentences, "plots": drawings}
 
 
 def _validation_metric(events: Sequence[Mapping[str, Any]]) -> str:
@@ -309,7 +319,7 @@ def _validation_metric(events: Sequence[Mapping[str, Any]]) -> str:
         for key, value in event.items()
         if key not in ("step", "epoch", "seconds", "total_steps") and isinstance(value, (int, float))
     ]
-    return next((name for name in _HEADLINE if name in names), names[0] if names else "")
+    return next((name for name in _VALIDATION if name in names), names[0] if names else "")
 
 
 def _epoch_ends(events: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -319,25 +329,34 @@ def _epoch_ends(events: Sequence[Mapping[str, Any]]) -> list[float]:
     return ends.tolist() if len(ends) <= 20 else []
 
 
+_CEILING = "of the rate at which this machine multiplies matrices of the model's shapes; median of the steps"
+_POSITIONS = "1.000 means that no pad token was computed; mean of the steps"
+_RATES: tuple[tuple[str, str, Callable[[np.ndarray], Any], Callable[[float], str], str], ...] = (
+    ("examples_per_second", "Examples a second", np.median, lambda rate: f"{rate:,.1f}", "median of the steps"),
+    ("ceiling_share", "Share of the ceiling", np.median, percent, _CEILING),
+    ("positions_per_token", "Positions per real token", np.mean, lambda share: f"{share:.3f}", _POSITIONS),
+    ("peak_memory", "Peak memory", np.max, _bytes, "the highest over the run"),
+)
+
+
 def _speed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     tokens, seconds = _series(events, "train", "tokens_per_second"), _series(events, "train", "seconds")
     facts: dict[str, tuple[str, str]] = {}
     if len(tokens[1]):
         low, middle, high = np.quantile(tokens[1], [0.1, 0.5, 0.9])
-        facts["Tokens a second"] = (number(round(middle)), f"median; 80 % of the steps ran at {low:,.0f} to {high:,.0f}")
-    for key, title, show, meaning in (
-        ("examples_per_second", "Examples a second", number, "median of the steps"),
-        ("ceiling_share", "Share of the ceiling", percent, "of what this machine's matrix multiplication allows at the model's own shapes; median"),
-        ("positions_per_token", "Positions per real token", lambda v: f"{v:.3f}", "1.000 means that no pad token was computed; mean"),
-        ("peak_memory", "Peak memory", _bytes, "of the process, highest over the run"),
-    ):  # fmt: skip
+        facts["Tokens a second"] = (
+            number(round(middle)),
+            f"median; 80 % of the steps ran at {low:,.0f} to {high:,.0f}",
+        )
+    for key, title, of_run, show, meaning in _RATES:
         _, values = _series(events, "train", key)
         if len(values):
-            reduce = {"positions_per_token": np.mean, "peak_memory": np.max}.get(key, np.median)
-            value = float(reduce(values))
-            facts[title] = (show(round(value) if key == "examples_per_second" and value >= 10 else value), meaning)
+            facts[title] = (show(float(of_run(values))), meaning)
     if len(seconds[1]):
-        facts["Time in training steps"] = (_duration(float(seconds[1].sum())), f"{len(seconds[1]):,} steps, validation not counted")
+        facts["Time in training steps"] = (
+            _duration(float(seconds[1].sum())),
+            f"{len(seconds[1]):,} steps, validation not counted",
+        )
     if not facts:
         return None
     plot = None
@@ -371,5 +390,6 @@ def _label_counts(counts: Mapping[str, int]) -> str:
         return "none"
     least, most = (pick(counts, key=lambda label: counts[label]) for pick in (min, max))
     return (
-        f"{len(counts):,} labels; the most frequent is “{most}” ({counts[most]:,}), the rarest “{least}” ({counts[least]:,})"
+        f"{len(counts):,} labels; the most frequent is “{most}” ({counts[most]:,}),"
+        f" the rarest “{least}” ({counts[least]:,})"
     )

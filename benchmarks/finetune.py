@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+
 from measure import Worker, interleave, ratio, save, table, work
 
 BATCH, STEPS = 32, 50
@@ -70,8 +71,14 @@ def lexmill(dropout: float, window: int) -> Callable[[], Mapping[str, Any]]:
 
 def trainer(dropout: float, strategy: str) -> Callable[[], Mapping[str, Any]]:
     """A window of the Hugging Face Trainer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
     from transformers import logging as hf_logging
 
     from lexmill.data import banking77, open_source
@@ -143,7 +150,7 @@ def compare(dropout: float, rounds: int) -> dict[str, Any]:
     least = LEAST[dropout]
     print(
         f"dropout {dropout}: {dynamic:.2f}x dynamic padding (at least {least[0]}), {grouped:.2f}x group_by_length (at "
-        f"least {least[1]}); ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, share reached {facts['ceiling_share']:.0%}, "
+        f"least {least[1]}); ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, share {facts['ceiling_share']:.0%}, "
         f"{facts['positions_per_token']:.2f} positions a token",
         flush=True,
     )

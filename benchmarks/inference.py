@@ -19,7 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import onnxruntime
 import torch
-from measure import interleave, ratio, save, table
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers import logging as hf_logging
@@ -32,6 +31,7 @@ from lexmill.fit import model_directory
 from lexmill.hardware import keep_heap
 from lexmill.tasks import Classify
 from lexmill.tasks.classify import ClassifyOptions
+from measure import interleave, ratio, save, table
 
 COUNT, THREADS = 1024, len(os.sched_getaffinity(0))
 
@@ -45,7 +45,7 @@ def timed(answer: Callable[[list[str]], Any], texts: list[str]) -> Callable[[], 
     return run
 
 
-def ours(folder: Path) -> tuple[TorchEngine, Classify]:
+def ours(folder: Path) -> TorchEngine:
     """An engine on MiniLM with a new head; its weights are saved for the peers."""
     rows = [row.values for row in open_source(banking77()[0])]
     task = Classify.from_records(rows, {"text": "text", "label": "label"}, ClassifyOptions())
@@ -55,7 +55,7 @@ def ours(folder: Path) -> tuple[TorchEngine, Classify]:
     task.attach(model)
     models.save(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    return TorchEngine(Loaded(task, model, tokenizer)), task
+    return TorchEngine(Loaded(task, model, tokenizer))
 
 
 def onnx(folder: Path, model: Any, batch: int) -> Callable[[list[str]], np.ndarray]:
@@ -102,9 +102,14 @@ def main() -> None:
     texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[:COUNT]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        engine, task = ours(folder)
+        engine = ours(folder)
         hf = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        asked = pipeline("text-classification", model=hf, tokenizer=AutoTokenizer.from_pretrained(model_directory("minilm")), device="cpu")
+        asked = pipeline(
+            "text-classification",
+            model=hf,
+            tokenizer=AutoTokenizer.from_pretrained(model_directory("minilm")),
+            device="cpu",
+        )
 
         def lexmill(some: list[str]) -> list[Any]:
             return engine.run([Request({"text": text}) for text in some])
@@ -126,7 +131,9 @@ def main() -> None:
         table(rates, "texts/s")
         runtime = min(ratio(rates, "lexmill", name) for name in rates if name.startswith("onnx"))
         hugging = ratio(rates, "lexmill", "hf pipeline, 32 a batch")
-        print(f"{hugging:.2f}x the HF pipeline (at least 3.4), {runtime:.2f}x ONNX Runtime's better batch (at least 1.0)")
+        print(
+            f"{hugging:.2f}x the HF pipeline (at least 3.4), {runtime:.2f}x ONNX Runtime's better batch (at least 1.0)"
+        )
         single = {
             "lexmill": timed(lambda some: [lexmill([one]) for one in some], texts[:200]),
             "onnx runtime fp32": timed(lambda some: [small([one]) for one in some], texts[:200]),
@@ -135,7 +142,16 @@ def main() -> None:
             run()
         alone = interleave(single, 3)
         print({name: f"{1000 / float(np.median(rate)):.2f} ms a text" for name, rate in alone.items()})
-    save("inference", {"texts_per_second": rates, "times_hf_pipeline": hugging, "times_onnx_runtime": runtime, "one_text_per_second": alone, "largest_difference": worst})
+    save(
+        "inference",
+        {
+            "texts_per_second": rates,
+            "times_hf_pipeline": hugging,
+            "times_onnx_runtime": runtime,
+            "one_text_per_second": alone,
+            "largest_difference": worst,
+        },
+    )
 
 
 if __name__ == "__main__":

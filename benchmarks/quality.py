@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from measure import save
-
 from lexmill.data import banking77
 from lexmill.fit import DataConfig, FitConfig, fit
 from lexmill.train import TrainConfig
+from measure import save
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -60,7 +59,9 @@ def main() -> None:
             finally:
                 shutil.rmtree(folder)
             test = result.test or {}
-            runs.append({"seed": seed, **{k: test[k] for k in ("accuracy", "macro_f1", "intervals")}, **result.training})
+            runs.append(
+                {"seed": seed, **{k: test[k] for k in ("accuracy", "macro_f1", "intervals")}, **result.training}
+            )
             print(json.dumps(runs[-1]), flush=True)
         accuracy = mean(run["accuracy"] for run in runs)
         wanted = f" (at least {least:.1%})" if least else ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 import lexmill
+from lexmill.cli import VERBS
 
 HEAVY = {"torch", "numpy", "pydantic", "rich", "tokenizers", "pyarrow", "safetensors", "jinja2"}
 
@@ -60,3 +62,11 @@ def test_a_verb_stays_a_function_whatever_was_imported_before() -> None:
     lines = [f"import lexmill.{verb}; from lexmill.{verb} import {verb} as room_{verb}" for verb in verbs]
     lines += [f"assert lexmill.{verb}.__module__ == 'lexmill.api'" for verb in verbs]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_lists_each_verb_with_the_first_line_of_its_docstring(verb: str) -> None:
+    module, line = VERBS[verb]
+    documented = getattr(import_module(f"lexmill.cli.{module}"), verb).__doc__
+    assert documented is not None
+    assert documented.strip().splitlines()[0] == line

@@ -1,30 +1,66 @@
-"""The command line: verbs only. A verb imports its room in its own body, so that `lexmill --help` stays instant."""
+"""The command line: verbs only. A verb's module is imported when the verb is asked for, and a verb imports its room in
+its own body, so that `lexmill --help` stays instant."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from lexmill.cli import data, fit, inspect, run
 from lexmill.errors import Spoken, UserError
 
 INTERRUPTED = 130
 """With what typer ends on SIGINT, without a word."""
 
-app = typer.Typer(
-    name="lexmill",
-    help="From text to a small, fast, monitored language service on the hardware people own.",
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for module in (fit, data, run, inspect):
-    module.add_to(app)
+VERBS = {
+    "fit": ("fit", "Fine-tune a model on labelled text and write an artefact."),
+    "demo": ("fit", "Do the whole job on bundled data."),
+    "check": ("data", "Look at data before training on it."),
+    "evaluate": ("run", "Score a model on labelled data, with confidence intervals."),
+    "predict": ("run", "Answer rows as a stream, one JSON object a line."),
+    "serve": ("run", "Serve artefacts over HTTP."),
+    "show": ("inspect", "Print what an artefact is, was made from and can do."),
+    "verify": ("inspect", "Check that what was trained is what is served."),
+}
+"""Every verb: the module it stands in, and its line in `lexmill --help`, which is the first of its docstring."""
+
+_STYLE: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+class Verbs(TyperGroup):
+    """Knows the verbs by name, and builds the one that is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        verb = typer.Typer(**_STYLE)
+        verb.command(cmd_name)(getattr(import_module(f"lexmill.cli.{VERBS[cmd_name][0]}"), cmd_name))
+        return typer.main.get_command(verb)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+
+
+app = typer.Typer(name="lexmill", cls=Verbs, no_args_is_help=True, **_STYLE)
+
+
+@app.callback()
+def lexmill() -> None:
+    """From text to a small, fast, monitored language service on the hardware people own."""
 
 
 def main() -> None:

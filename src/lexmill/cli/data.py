@@ -10,10 +10,6 @@ import typer
 from lexmill.cli import output
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(check)
-
-
 def check(
     data: Annotated[Path, typer.Argument(help="Labelled rows: CSV, TSV, JSONL (.gz, .xz), Parquet.")],
     test: Annotated[Path | None, typer.Option(help="Test rows, to look for overlap and unknown labels.")] = None,

@@ -10,11 +10,6 @@ import typer
 from lexmill.cli import output
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(fit)
-    app.command()(demo)
-
-
 def fit(
     train: Annotated[Path | None, typer.Argument(help="Labelled rows: CSV, TSV, JSONL (.gz, .xz), Parquet.")] = None,
     out: Annotated[Path | None, typer.Option(help="The artefact to write; must not exist.")] = None,

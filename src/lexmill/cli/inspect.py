@@ -10,11 +10,6 @@ import typer
 from lexmill.cli import output
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(show)
-    app.command()(verify)
-
-
 def show(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,

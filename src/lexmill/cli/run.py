@@ -11,11 +11,6 @@ import typer
 from lexmill.cli import output
 
 
-def add_to(app: typer.Typer) -> None:
-    for verb in (evaluate, predict, serve):
-        app.command()(verb)
-
-
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     data: Annotated[Path, typer.Argument(help="Labelled rows.")],

@@ -41,8 +41,8 @@ class AdamW:
         """
         adamw(
             params, grads, first, second, [], steps,
-            foreach=False, fused=True, grad_scale=grad_scale, amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=learning_rate,
-            weight_decay=weight_decay, eps=self.epsilon, maximize=False,
+            foreach=False, fused=True, grad_scale=grad_scale, amsgrad=False, maximize=False,
+            beta1=self.beta1, beta2=self.beta2, lr=learning_rate, weight_decay=weight_decay, eps=self.epsilon,
         )  # fmt: skip
 
 

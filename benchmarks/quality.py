@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,12 +52,9 @@ def main() -> None:
         make, least = SETS[name]
         runs: list[dict[str, Any]] = []
         for seed in range(arguments.seeds):
-            folder = Path(tempfile.mkdtemp())
-            try:
-                result = fit(make(seed, arguments.dropout), folder / "out")
-            finally:
-                shutil.rmtree(folder)
-            test = result.test or {}
+            with tempfile.TemporaryDirectory() as folder:
+                result = fit(make(seed, arguments.dropout), Path(folder) / "out")
+                test = result.test or {}
             runs.append(
                 {"seed": seed, **{k: test[k] for k in ("accuracy", "macro_f1", "intervals")}, **result.training}
             )

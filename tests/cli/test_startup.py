@@ -65,8 +65,8 @@ def test_a_verb_stays_a_function_whatever_was_imported_before() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_lists_each_verb_with_the_first_line_of_its_docstring(verb: str) -> None:
+def test_help_lists_each_verb_with_the_start_of_its_docstring(verb: str) -> None:
     module, line = VERBS[verb]
     documented = getattr(import_module(f"lexmill.cli.{module}"), verb).__doc__
     assert documented is not None
-    assert documented.strip().splitlines()[0] == line
+    assert documented.strip().startswith(line)

@@ -27,7 +27,7 @@ VERBS = {
     "show": ("inspect", "Print what an artefact is, was made from and can do."),
     "verify": ("inspect", "Check that what was trained is what is served."),
 }
-"""Every verb: the module it stands in, and its line in `lexmill --help`, which is the first of its docstring."""
+"""Every verb: the module it stands in, and its line in `lexmill --help`, which begins its docstring."""
 
 _STYLE: dict[str, Any] = {
     "add_completion": False,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -142,26 +140,28 @@ def test_a_run_that_died_before_its_rename_needs_only_that(tmp_path: Path) -> No
         pass
 
 
-def _hold(out: Path, ready: Event, done: Event) -> None:
-    with create(out) as writer:
-        ready.set()
-        done.wait(30)
-        writer.manifest = manifest()
+_HOLDER = """
+import sys
+from pathlib import Path
+from lexmill.artifact import Manifest, TaskRecord, create
+
+with create(Path(sys.argv[1])) as writer:
+    writer.path("a.txt").write_text("a")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    writer.manifest = Manifest(task=TaskRecord(name="classify"))
+"""
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "out", ready, done))
-    other.start()
-    try:
-        assert ready.wait(30)
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
         with pytest.raises(UserError, match="another process"), create(tmp_path / "out", resume=True):
             pytest.fail("the block must not run")
-    finally:
-        done.set()
-        other.join(30)
-    assert other.exitcode == 0
+        other.communicate("go on\n", timeout=30)
+    assert other.returncode == 0
     Artifact.open(tmp_path / "out")
 
 
@@ -313,7 +313,6 @@ def test_card_and_description_tell_the_main_things(tmp_path: Path) -> None:
 FULL_DISK = """
 import sys
 from collections.abc import Callable
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from lexmill.artifact import Manifest, TaskRecord, create
 from lexmill.errors import Failure

@@ -28,7 +28,7 @@ from lexmill.fit import Watch, fit
 from lexmill.models import Head, Model, register_head
 from lexmill.monitor import read_events
 from lexmill.nn import LayerNorm, Linear
-from lexmill.tasks import Metrics, Record, Task, register
+from lexmill.tasks import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
 
 
@@ -81,13 +81,16 @@ class Score(Task):
     Request = ScoreRequest
     Answer = ScoreAnswer
     Options = ScoreOptions
-    label_is_class: ClassVar[bool] = False
     evidence_field: ClassVar[str] = "numbers"
     metric: ClassVar[str] = "mean_absolute_error"
     metric_sign: ClassVar[int] = -1
 
     def __init__(self, columns: Mapping[str, str], options: ScoreOptions) -> None:
         self.columns, self.options = dict(columns), options
+
+    @classmethod
+    def wants(cls, options: ScoreOptions) -> Wants:
+        return Wants(labels="value", max_tokens=options.max_length)
 
     @classmethod
     def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: ScoreOptions) -> Score:

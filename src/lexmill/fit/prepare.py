@@ -81,20 +81,21 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     directory = model_directory(config.model)
     sources = _open(config.data)
     config.train.check_stopping(validating=sources.validation is not None or config.data.validation_fraction > 0)
-    heads: tuple[str, ...] = getattr(options, "heads", ())
-    given = {"text": config.data.text, "text_pair": config.data.text_pair, "label": heads or config.data.label}
+    wants = task_type.wants(options)
+    label = wants.label_columns or config.data.label
+    given = {"text": config.data.text, "text_pair": config.data.text_pair, "label": label}
     columns = find_columns(sources.train, given)
-    if not task_type.labelled:
+    if wants.labels == "none":
         columns = columns.unlabelled()
-    columns = replace(columns, multi_label=columns.multi_label or getattr(options, "multi_label", False))
+    columns = replace(columns, multi_label=columns.multi_label or wants.multi_label)
     tokenizer = load_tokenizer(directory)
     report = check(
         sources.train,
         sources.test,
-        columns if task_type.label_is_class else columns.unlabelled(),
+        columns if wants.labels == "class" else columns.unlabelled(),
         validation=sources.validation,
         tokenizer=tokenizer,
-        max_tokens=getattr(options, "max_length", None),
+        max_tokens=wants.max_tokens,
     )
     for finding in report.findings:
         if finding.severity == "error":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
+from lexmill.nn.dropout import keep_mask
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
 from lexmill.nn.rotary import Rope, rotate
@@ -192,15 +194,27 @@ def _attend_grouped(
         q, k, v = q.index_select(0, plan.q_rows), k.index_select(0, plan.k_rows), v.index_select(0, plan.k_rows)
     q_sizes = [count * q_len for count, q_len, _ in plan.groups]
     k_sizes = [count * k_len for count, _, k_len in plan.groups]
+    keep = _keep_masks(plan.groups, q, dropout)
     outs: list[Tensor] = []
     # `split`, not slices: its backward is one concatenation, not one zero-filled tensor a group.
-    parts = zip(plan.groups, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True)
-    for (count, q_len, k_len), q_part, k_part, v_part in parts:
+    parts = zip(plan.groups, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), keep, strict=True)
+    for (count, q_len, k_len), q_part, k_part, v_part, kept in parts:
         qs, ks, vs = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q_part, k_part, v_part))
         mask = _group_mask(q_len, k_len, rule, bias, q)
-        outs.append(_softmax_attention(qs, ks, vs, mask, dropout).transpose(1, 2).flatten(0, 1))
+        outs.append(_softmax_attention(qs, ks, vs, mask, dropout, kept).transpose(1, 2).flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out if plan.restore is None else out.index_select(0, plan.restore)
+
+
+def _keep_masks(groups: Sequence[tuple[int, int, int]], q: Tensor, dropout: float) -> Sequence[Tensor | None]:
+    """The masks of attention weights of all groups, drawn in one sweep; None for each where nothing is dropped."""
+    if dropout == 0.0:
+        return [None] * len(groups)
+    heads = q.shape[1]
+    shapes = [(count, heads, q_len, k_len) for count, q_len, k_len in groups]
+    sizes = [math.prod(shape) for shape in shapes]
+    drawn = keep_mask((sum(sizes),), dropout, q).split(sizes)
+    return [mask.view(shape) for mask, shape in zip(drawn, shapes, strict=True)]
 
 
 def _group_mask(q_len: int, k_len: int, rule: Rule, bias: Tensor | None, like: Tensor) -> Tensor | None:
@@ -219,6 +233,7 @@ def _softmax_attention(
     v: Float[Tensor, "seq kv_head k dim"],
     mask: Bool[Tensor, "*any q k"] | Float[Tensor, "*any q k"] | None,
     dropout: float,
+    keep: Float[Tensor, "seq head q k"] | None = None,
 ) -> Float[Tensor, "seq head q dim"]:
     shared = q.shape[1] // k.shape[1]
     if dropout == 0.0 or q.is_cuda:
@@ -226,7 +241,8 @@ def _softmax_attention(
     # With dropout torch leaves its fused CPU kernel; these few calls are then the faster way.
     if shared > 1:
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-    return drop(_weights(q, k, mask), dropout) @ v
+    weights = _weights(q, k, mask)
+    return (drop(weights, dropout) if keep is None else weights * keep) @ v
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Float[Tensor, "*seq head q k"]:

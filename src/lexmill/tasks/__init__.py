@@ -1,7 +1,7 @@
 """What a model can be asked. Each task is one file; importing this room registers them."""
 
-from lexmill.tasks.base import Metrics, Record, Task, find, register
+from lexmill.tasks.base import Metrics, Record, Task, Wants, find, register
 from lexmill.tasks.classify import Classify
 from lexmill.tasks.generate import Generate
 
-__all__ = ["Classify", "Generate", "Metrics", "Record", "Task", "find", "register"]
+__all__ = ["Classify", "Generate", "Metrics", "Record", "Task", "Wants", "find", "register"]

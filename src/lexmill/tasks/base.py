@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -41,6 +41,24 @@ class Metrics:
     tables: dict[str, list[dict[str, Any]]]
 
 
+@dataclass(frozen=True)
+class Wants:
+    """What a task wants of its data.
+
+    Args:
+        labels: `class` where labels are names, which the data check counts and compares between files; `value` where
+            they are not; `none` where label columns are passed over.
+        label_columns: where the options name them; otherwise they are given or guessed.
+        multi_label: a record may have several labels.
+        max_tokens: longer texts are cut, and the data check says how many.
+    """
+
+    labels: Literal["class", "value", "none"] = "class"
+    label_columns: tuple[str, ...] = ()
+    multi_label: bool = False
+    max_tokens: int | None = None
+
+
 class Task(ABC):
     """One thing a model can be asked, e.g. `classify`. Final subclasses are frozen: state is set at construction."""
 
@@ -51,16 +69,17 @@ class Task(ABC):
     Answer: ClassVar[type[BaseModel]]
     """What `render` gives for one item."""
     Options: ClassVar[type]
-    """A frozen dataclass: what a person may set for this task (`[task]` in a recipe)."""
-    labelled: ClassVar[bool] = True
-    """Whether it learns from label columns; where not, they are passed over."""
-    label_is_class: ClassVar[bool] = True
-    """Whether a label is a class, which the data check counts and compares between files; where not, a value."""
+    """A frozen dataclass: what a person may set for this task (`[options]` in a recipe)."""
     evidence_field: ClassVar[str]
     """The field of a rendered answer that holds `evidence` where the request set `raw`."""
     metric: ClassVar[str]
     """The validation metric that picks the best epoch; higher is better unless `metric_sign` is -1."""
     metric_sign: ClassVar[int] = 1
+
+    @classmethod
+    @abstractmethod
+    def wants(cls, options: Any) -> Wants:
+        """What this task, with these `Options`, wants of its data."""
 
     # --- construction: from training data, or from a manifest -------------------------------------------------
     @classmethod

@@ -20,7 +20,7 @@ from lexmill.data.check import labels_in
 from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.tasks import scoring
-from lexmill.tasks.base import Metrics, Record, Task, register
+from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
 
 MAX_LABELS = 10_000
@@ -106,6 +106,10 @@ class Classify(Task):
         self._index = {head.name: {label: i for i, label in enumerate(head.labels)} for head in heads}
 
     # --- construction -----------------------------------------------------------------------------------------
+    @classmethod
+    def wants(cls, options: ClassifyOptions) -> Wants:
+        return Wants(label_columns=options.heads, multi_label=options.multi_label, max_tokens=options.max_length)
+
     @classmethod
     def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: ClassifyOptions) -> Self:
         head_columns = options.heads or (columns.get("label", "label"),)

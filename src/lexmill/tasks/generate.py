@@ -21,7 +21,7 @@ from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.models.generate import greedy
 from lexmill.nn.layout import Dense
-from lexmill.tasks.base import Metrics, Record, Task, register
+from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
 
 _PROBE_CHARS = 400
@@ -88,7 +88,6 @@ class Generate(Task):
     Request = GenerateRequest
     Answer = GenerateAnswer
     Options = GenerateOptions
-    labelled: ClassVar[bool] = False
     metric: ClassVar[str] = "loss"
     metric_sign: ClassVar[int] = -1
     evidence_field: ClassVar[str] = "logprobs"
@@ -96,6 +95,10 @@ class Generate(Task):
     def __init__(self, columns: Mapping[str, str], options: GenerateOptions) -> None:
         self.columns = dict(columns)
         self.options = options
+
+    @classmethod
+    def wants(cls, options: GenerateOptions) -> Wants:
+        return Wants(labels="none", max_tokens=options.max_length)
 
     @classmethod
     def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: GenerateOptions) -> Self:

@@ -28,8 +28,8 @@ class TrainConfig:
         precision: `fp32`, or `bf16` for the arithmetic with weights and optimiser state in fp32.
         token_budget: tokens computed at once; a larger batch is cut into micro-batches, which changes speed and
             memory, never the result.
-        length_window: batches are cut from this many batches' worth of examples sorted by length; 1 is a fully
-            random order.
+        length_window: batches are cut from this many batches' worth of examples sorted by length; 1 is a fully random
+            order. A window of 50 is some 5 % faster, and cost half a point of accuracy on BANKING77.
         patience: stop after this many epochs without a better validation metric; needs validation data.
         checkpoint_every: steps between checkpoints; 0 for one an epoch.
         keep_checkpoints: how many of the latest checkpoints stay on disk.
@@ -49,7 +49,7 @@ class TrainConfig:
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     token_budget: Annotated[int, Ge(1)] = 4096
-    length_window: Annotated[int, Ge(1)] = 50
+    length_window: Annotated[int, Ge(1)] = 1
     patience: Annotated[int, Ge(1)] | None = None
     checkpoint_every: Annotated[int, Ge(0)] = 0
     keep_checkpoints: Annotated[int, Ge(1), Le(1000)] = 2

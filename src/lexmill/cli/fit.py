@@ -52,7 +52,7 @@ def fit(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where the artefact goes.")] = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Do the whole job on bundled data. Fine-tunes, evaluates, verifies, serves, asks three questions and reports."""

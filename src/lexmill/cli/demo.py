@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from urllib.request import Request, urlopen
+from typing import Any
 
 from rich.console import Console
 
 from lexmill.data.bundled import banking77
-from lexmill.errors import Failure, MissingExtra
+from lexmill.errors import Failure
 from lexmill.fit import DataConfig, FitConfig, FitResult, Watch, fit
 from lexmill.train import TrainConfig
 
@@ -55,11 +54,9 @@ def demo(out: Path, *, epochs: int, watch: Watch) -> None:
         say(f"   {line}", markup=False)
 
 
-def _tell_quality(say: object, result: FitResult) -> None:
-    assert callable(say)
+def _tell_quality(say: Callable[..., Any], result: FitResult) -> None:
     test = result.test
-    if test is None:
-        raise MissingExtra("starter", "the demo")
+    assert test is not None, "the demo gives test rows"
     low, high = test["intervals"]["accuracy"]
     say(
         f"\n[bold]2. Evaluate[/] on {test['rows']:,} test questions it has not seen: {test['accuracy']:.1%} right "
@@ -72,15 +69,10 @@ def _tell_quality(say: object, result: FitResult) -> None:
     )
 
 
-def _ask(say: object, out: Path) -> None:
-    from lexmill.verify.processes import served
+def _ask(say: Callable[..., Any], out: Path) -> None:
+    from lexmill.verify.processes import ask, served
 
-    assert callable(say)
     with served(out, timeout=60) as url:
-        body = json.dumps({"texts": QUESTIONS}).encode()
-        request = Request(f"{url}/v1/classify", body, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=60) as response:
-            answers = json.load(response)["answers"]
+        answers = ask(f"{url}/v1/classify", {"texts": list(QUESTIONS)}, timeout=60)
     for question, answer in zip(QUESTIONS, answers, strict=True):
         say(f"   {question!r} → {answer['label']} ({answer['score']:.0%})", markup=False)
-    sys.stdout.flush()

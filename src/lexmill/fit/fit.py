@@ -152,7 +152,7 @@ class _Run:
         test = self._test()
         self._write_model()
         if test is not None:
-            self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()))
+            self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()), "utf-8")
         self._report(training, test)
         manifest = self._manifest(training, test)
         self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
@@ -198,7 +198,7 @@ class _Run:
             if (source / name).is_file():
                 shutil.copyfile(source / name, self.writer.path(name))
         recorded = probes.record(self.prepared.task, self.model, self.prepared.tokenizer)
-        self.writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False))
+        self.writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), "utf-8")
 
     def _report(self, training: TrainResult, test: Evaluation | None) -> None:
         from lexmill.evaluate.report import Report, write_report

@@ -100,12 +100,12 @@ def test_cross_attention_has_layouts_of_its_own_on_each_side(pairs):
 
 def test_a_plan_is_made_once_for_a_pair_of_layouts():
     layout, other = Packed.of([2, 3, 2]), Packed.of([1, 1, 4])
-    q = random(7, 2, 4)
+    made = []
     for _ in range(2):
-        attend(q, q, q, layout, layout)
-        attend(q, q[:6], q[:6], layout, other)
-    assert len(layout.plans) == 2
-    assert not other.plans
+        for keys in (layout, other):
+            plan = layout.plan_for(keys, "kind", lambda keys=keys: made.append(keys) or len(made))
+            assert plan == made.index(keys) + 1
+    assert made == [layout, other]
 
 
 def test_dropout_keeps_the_expected_value_and_drops():

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexmill.nn import bucketed
 from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
-from lexmill.nn.dropout import keep_mask
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
 from lexmill.nn.rotary import Rope, rotate
-
-Align = Literal["start", "end"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which keys a query sees, by position.
-
-    Args:
-        causal: none after its own.
-        window: only those fewer than this many positions away.
-        align: where a sequence's queries sit when it has fewer of them than keys: at the `end`, so that query `i` is
-            at position `k_len - q_len + i`, or at the `start`.
-    """
-
-    causal: bool = False
-    window: int | None = None
-    align: Align = "end"
-
-    def sees_all(self, q_len: int, k_len: int) -> bool:
-        """Whether every query sees every key."""
-        last_query_only = q_len == 1 and self.align == "end"
-        return (not self.causal or last_query_only or k_len == 1) and (self.window is None or k_len <= self.window)
-
-    def visible(self, q_pos: Int[Tensor, "*seq q"], k_pos: Int[Tensor, "k"]) -> Bool[Tensor, "*seq q k"]:
-        ahead = k_pos - q_pos.unsqueeze(-1)
-        seen = ahead <= 0 if self.causal else torch.ones_like(ahead, dtype=torch.bool)
-        return seen if self.window is None else seen & (ahead.abs() < self.window)
+from lexmill.nn.rule import Align, Rule
 
 
 def attend(
@@ -69,7 +40,7 @@ def attend(
     Args:
         q: `[tok, head, dim]` where `q_layout` is packed, `[seq, len, head, dim]` where it is dense; `k`, `v` likewise.
             Packed queries may attend to dense keys; dense queries attend to dense keys only.
-        causal, window, align: see `Rule`.
+        causal, window, align: see `rule.Rule`.
         bias: added to the scores, by position of the query among the keys, and position of the key.
         dropout: share of attention weights set to zero.
     """
@@ -89,7 +60,27 @@ def attend(
         return _attend_varlen(q, k, v, q_layout, k_layout, rule)
     if q.is_cuda:
         return _attend_padded(q, k, v, q_layout, k_layout, rule, bias, dropout)
+    if _trains_short(q, k, q_layout, k_layout, bias):
+        return _attend_bucketed(q, k, v, q_layout, k_layout, rule, dropout)
     return _attend_grouped(q, k, v, q_layout, k_layout, rule, bias, dropout)
+
+
+def _trains_short(q: Tensor, k: Tensor, q_layout: Packed, k_layout: Packed, bias: Tensor | None) -> bool:
+    """Whether these are short sequences whose gradients are wanted."""
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad) and not torch.compiler.is_compiling()
+    return wanted and bias is None and max(q_layout.max_length, k_layout.max_length) <= bucketed.MAX_LENGTH
+
+
+def _attend_bucketed(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Packed, k_layout: Packed, rule: Rule, dropout: float
+) -> Tensor:
+    if k.shape[1] != q.shape[1]:
+        shared = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    plan = q_layout.plan_for(
+        k_layout, (q.shape[1], rule), lambda: bucketed.Plan.of(q_layout, k_layout, q.shape[1], rule)
+    )
+    return bucketed.bucketed_attention(q, k, v, plan, dropout)
 
 
 def _has_varlen_kernel(q: Tensor, rule: Rule, bias: Tensor | None, dropout: float) -> bool:
@@ -158,17 +149,11 @@ class _Plan:
     q_rows: Int[Tensor, "q_tok"] | None
     k_rows: Int[Tensor, "k_tok"] | None
     restore: Int[Tensor, "q_tok"] | None
-    k_layout: Packed | None
-    """Keeps the identity of the keys' layout alive, and so unique; None where it is that of the queries."""
 
 
 def _plan(q_layout: Packed, k_layout: Packed) -> _Plan:
-    found = q_layout.plans.get(id(k_layout))
-    if isinstance(found, _Plan):
-        return found
     pairs = torch.stack([q_layout.lengths, k_layout.lengths], 1)
     runs, counts = torch.unique_consecutive(pairs, dim=0, return_counts=True)
-    held = None if k_layout is q_layout else k_layout
     if len(runs) == len(pairs.unique(dim=0)):
         q_rows = k_rows = restore = None
     else:
@@ -177,44 +162,30 @@ def _plan(q_layout: Packed, k_layout: Packed) -> _Plan:
         order = torch.argsort(kinds, stable=True)
         rows = q_layout.rows_of(order)
         q_rows, restore = rows.to(q_layout.device), torch.argsort(rows).to(q_layout.device)
-        k_rows = q_rows if held is None else k_layout.rows_of(order).to(k_layout.device)
+        k_rows = q_rows if k_layout is q_layout else k_layout.rows_of(order).to(k_layout.device)
     lengths: list[list[int]] = runs.tolist()
     groups = tuple((count, q_len, k_len) for count, (q_len, k_len) in zip(counts.tolist(), lengths, strict=True))
-    plan = _Plan(groups, q_rows, k_rows, restore, held)
-    q_layout.plans[id(k_layout)] = plan
-    return plan
+    return _Plan(groups, q_rows, k_rows, restore)
 
 
 def _attend_grouped(
     q: Tensor, k: Tensor, v: Tensor, q_layout: Packed, k_layout: Packed, rule: Rule, bias: Tensor | None, dropout: float
 ) -> Tensor:
     """One batched kernel for each group of sequences of equal lengths: no position is computed that holds no token."""
-    plan = _plan(q_layout, k_layout)
+    plan = q_layout.plan_for(k_layout, "groups", lambda: _plan(q_layout, k_layout))
     if plan.q_rows is not None and plan.k_rows is not None:
         q, k, v = q.index_select(0, plan.q_rows), k.index_select(0, plan.k_rows), v.index_select(0, plan.k_rows)
     q_sizes = [count * q_len for count, q_len, _ in plan.groups]
     k_sizes = [count * k_len for count, _, k_len in plan.groups]
-    keep = _keep_masks(plan.groups, q, dropout)
     outs: list[Tensor] = []
     # `split`, not slices: its backward is one concatenation, not one zero-filled tensor a group.
-    parts = zip(plan.groups, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), keep, strict=True)
-    for (count, q_len, k_len), q_part, k_part, v_part, kept in parts:
+    parts = zip(plan.groups, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True)
+    for (count, q_len, k_len), q_part, k_part, v_part in parts:
         qs, ks, vs = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (q_part, k_part, v_part))
         mask = _group_mask(q_len, k_len, rule, bias, q)
-        outs.append(_softmax_attention(qs, ks, vs, mask, dropout, kept).transpose(1, 2).flatten(0, 1))
+        outs.append(_softmax_attention(qs, ks, vs, mask, dropout).transpose(1, 2).flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out if plan.restore is None else out.index_select(0, plan.restore)
-
-
-def _keep_masks(groups: Sequence[tuple[int, int, int]], q: Tensor, dropout: float) -> Sequence[Tensor | None]:
-    """The masks of attention weights of all groups, drawn in one sweep; None for each where nothing is dropped."""
-    if dropout == 0.0:
-        return [None] * len(groups)
-    heads = q.shape[1]
-    shapes = [(count, heads, q_len, k_len) for count, q_len, k_len in groups]
-    sizes = [math.prod(shape) for shape in shapes]
-    drawn = keep_mask((sum(sizes),), dropout, q).split(sizes)
-    return [mask.view(shape) for mask, shape in zip(drawn, shapes, strict=True)]
 
 
 def _group_mask(q_len: int, k_len: int, rule: Rule, bias: Tensor | None, like: Tensor) -> Tensor | None:
@@ -233,7 +204,6 @@ def _softmax_attention(
     v: Float[Tensor, "seq kv_head k dim"],
     mask: Bool[Tensor, "*any q k"] | Float[Tensor, "*any q k"] | None,
     dropout: float,
-    keep: Float[Tensor, "seq head q k"] | None = None,
 ) -> Float[Tensor, "seq head q dim"]:
     shared = q.shape[1] // k.shape[1]
     if dropout == 0.0 or q.is_cuda:
@@ -241,8 +211,7 @@ def _softmax_attention(
     # With dropout torch leaves its fused CPU kernel; these few calls are then the faster way.
     if shared > 1:
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-    weights = _weights(q, k, mask)
-    return (drop(weights, dropout) if keep is None else weights * keep) @ v
+    return drop(_weights(q, k, mask), dropout) @ v
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Float[Tensor, "*seq head q k"]:
@@ -281,7 +250,7 @@ class Attention(nn.Module):
         dim: the width of the states that ask, and of the result.
         memory_dim: the width of the states that are asked; `dim` where None.
         bias: whether queries, keys and values have one; `output_bias` likewise, the same where None.
-        causal, window: see `Rule`.
+        causal, window: see `rule.Rule`.
         dropout: share of attention weights set to zero in training.
     """
 

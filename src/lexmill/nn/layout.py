@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 CPU = torch.device("cpu")
+P = TypeVar("P")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """Sequences laid end to end in `[tok, dim]`; sequence `i` holds rows `offsets[i]` to `offsets[i + 1]`.
 
@@ -22,8 +24,7 @@ class Packed:
 
     offsets: Int[Tensor, "bounds"]
     device: torch.device = CPU
-    plans: dict[int, object] = field(default_factory=dict[int, object], init=False, repr=False, compare=False)
-    """What attention worked out for this layout as queries, by the identity of the layout of the keys."""
+    _plans: dict[Hashable, object] = field(default_factory=dict[Hashable, object], init=False, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int] | Int[Tensor, "seq"], device: torch.device | None = None) -> Packed:
@@ -49,6 +50,13 @@ class Packed:
     def cu_seqlens(self) -> Int[Tensor, "bounds"]:
         """The offsets as variable-length kernels want them: int32, on the device."""
         return self.offsets.to(self.device, torch.int32)
+
+    def plan_for(self, keys: Packed, kind: Hashable, make: Callable[[], P]) -> P:
+        """What attention worked out once for these queries and keys; `kind` is whatever else it depends on."""
+        key = (None if keys is self else keys, kind)
+        if key not in self._plans:
+            self._plans[key] = make()
+        return cast("P", self._plans[key])
 
     @property
     def num_sequences(self) -> int:
@@ -129,7 +137,7 @@ class Padded:
     mask: Bool[Tensor, "seq len"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """Sequences side by side in `[seq, len, dim]`, padded at the right; `mask` is True at real tokens.
 

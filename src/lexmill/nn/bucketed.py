@@ -1,0 +1,238 @@
+"""Attention of many short sequences in training: a few batched products, and a backward that knows them.
+
+A batch of short texts has some fifteen different lengths. One product for each is more overhead than work, and one
+product padded to the longest is mostly padding; so neighbouring lengths share a bucket where that is cheaper. Weights
+are kept for the backward, which is why this is for short sequences: they grow with the square of the length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lexmill.nn.dropout import keep_mask
+from lexmill.nn.layout import Packed
+from lexmill.nn.rule import Rule
+
+MAX_LENGTH = 256
+"""The longest sequence that gains from this; beyond it torch's fused kernel wins."""
+
+_BUCKET_COST = 16_384
+"""What one bucket more costs, in attention scores computed; measured on two cores, and flat from a third to thrice."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where the (token, head) rows of `[tok, head, dim]` stand in `[seq, head, len, dim]`, bucket after bucket.
+
+    Args:
+        rows: for each cell, its row; row 0 at padding.
+        back: for each row, its cell.
+        padding: the cells without a row.
+    """
+
+    rows: Int[Tensor, "cell"]
+    back: Int[Tensor, "row"]
+    padding: Int[Tensor, "pad"]
+
+    def gather(self, x: Float[Tensor, "tok head dim"]) -> Float[Tensor, "cell dim"]:
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.rows)
+
+    def scatter(self, x: Float[Tensor, "cell dim"], heads: int) -> Float[Tensor, "tok head dim"]:
+        return x.index_select(0, self.back).view(-1, heads, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences that are computed together.
+
+    Args:
+        bias: 0 where a query sees a key, minus infinity elsewhere; q is 1 where all queries see the same. None where
+            all is seen.
+    """
+
+    sequences: int
+    q_len: int
+    k_len: int
+    bias: Float[Tensor, "seq 1 q k"] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The buckets of a batch, and where its rows stand in them."""
+
+    heads: int
+    buckets: tuple[Bucket, ...]
+    queries: Cells
+    keys: Cells
+
+    @property
+    def nothing(self) -> list[None]:
+        """None for each bucket."""
+        return [None] * len(self.buckets)
+
+    def by_query(self, x: Float[Tensor, "cell dim"]) -> Iterator[Float[Tensor, "seq_head q dim"]]:
+        """The queries' cells of each bucket."""
+        sizes = [bucket.sequences * self.heads * bucket.q_len for bucket in self.buckets]
+        return (part.view(-1, b.q_len, x.shape[-1]) for part, b in zip(x.split(sizes), self.buckets, strict=True))
+
+    def by_key(self, x: Float[Tensor, "cell dim"]) -> Iterator[Float[Tensor, "seq_head k dim"]]:
+        """The keys' cells of each bucket."""
+        sizes = [bucket.sequences * self.heads * bucket.k_len for bucket in self.buckets]
+        return (part.view(-1, b.k_len, x.shape[-1]) for part, b in zip(x.split(sizes), self.buckets, strict=True))
+
+    @classmethod
+    def of(cls, q_layout: Packed, k_layout: Packed, heads: int, rule: Rule) -> Plan:
+        q_lens, k_lens = q_layout.lengths.numpy(), k_layout.lengths.numpy()
+        order = np.lexsort((q_lens, k_lens))
+        bounds = _cut(q_lens[order], k_lens[order], heads)
+        parts = [order[start:end] for start, end in pairwise(bounds)]
+        return cls(
+            heads,
+            tuple(_bucket(q_lens[part], k_lens[part], rule) for part in parts),
+            _cells(q_layout, parts, heads),
+            _cells(k_layout, parts, heads),
+        )
+
+
+def _cut(q_lens: np.ndarray, k_lens: np.ndarray, heads: int) -> list[int]:
+    """Where to cut sequences in order of length, so that padding and buckets cost least together."""
+    changes = np.flatnonzero(np.diff(q_lens) | np.diff(k_lens)) + 1
+    bounds: list[int] = [0, *changes.tolist(), len(q_lens)]
+    longest_q = np.maximum.reduceat(q_lens, bounds[:-1]).tolist()
+    longest_k = np.maximum.reduceat(k_lens, bounds[:-1]).tolist()
+    best, cut_before = [0.0] + [math.inf] * len(longest_q), [0] * len(bounds)
+    for end in range(1, len(bounds)):
+        q_len = 0
+        for start in range(end - 1, -1, -1):
+            q_len = max(q_len, longest_q[start])
+            scores = heads * (bounds[end] - bounds[start]) * q_len * longest_k[end - 1]
+            if scores + _BUCKET_COST > best[end]:
+                break
+            cost = best[start] + scores + _BUCKET_COST
+            if cost < best[end]:
+                best[end], cut_before[end] = cost, start
+    chosen, end = [len(q_lens)], len(bounds) - 1
+    while end:
+        end = cut_before[end]
+        chosen.append(bounds[end])
+    return chosen[::-1]
+
+
+def _bucket(q_lens: np.ndarray, k_lens: np.ndarray, rule: Rule) -> Bucket:
+    q_len, k_len = int(q_lens.max()), int(k_lens.max())
+    held = torch.from_numpy(np.arange(k_len) < k_lens[:, None])[:, None]
+    if rule.sees_all(q_len, k_len):
+        seen = held
+    else:
+        starts = k_lens - q_lens if rule.align == "end" else np.zeros_like(k_lens)
+        # A query at padding is taken for its sequence's last: with no key in its window it would turn into NaN.
+        q_pos = np.minimum(starts[:, None] + np.arange(q_len), k_lens[:, None] - 1)
+        seen = held & rule.visible(torch.from_numpy(q_pos), torch.arange(k_len))
+    if bool(seen.all()):
+        return Bucket(len(q_lens), q_len, k_len, None)
+    bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+    return Bucket(len(q_lens), q_len, k_len, bias.unsqueeze(1))
+
+
+def _cells(layout: Packed, parts: list[np.ndarray], heads: int) -> Cells:
+    lengths, starts = layout.lengths.numpy(), layout.offsets.numpy()[:-1]
+    rows: list[np.ndarray] = []
+    real: list[np.ndarray] = []
+    for part in parts:
+        column = np.arange(lengths[part].max())
+        held = column < lengths[part][:, None]
+        tokens = np.where(held, starts[part][:, None] + column, 0)
+        row = np.where(held[:, None], tokens[:, None] * heads + np.arange(heads)[:, None], 0)
+        rows.append(row.ravel())
+        real.append(np.broadcast_to(held[:, None], row.shape).ravel())
+    all_rows, all_real = np.concatenate(rows), np.concatenate(real)
+    back = np.empty(layout.num_tokens * heads, np.int64)
+    back[all_rows[all_real]] = np.flatnonzero(all_real)
+    return Cells(torch.from_numpy(all_rows), torch.from_numpy(back), torch.from_numpy(np.flatnonzero(~all_real)))
+
+
+def bucketed_attention(
+    q: Float[Tensor, "q_tok head dim"],
+    k: Float[Tensor, "k_tok head dim"],
+    v: Float[Tensor, "k_tok head dim"],
+    plan: Plan,
+    dropout: float = 0.0,
+) -> Float[Tensor, "q_tok head dim"]:
+    """Scaled dot-product attention by `plan`; float32 or bfloat16, on a CPU, differentiable once."""
+    return _Bucketed.apply(q, k, v, plan, dropout)  # pyright: ignore[reportReturnType]
+
+
+class _Bucketed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
+            out = torch.empty_like(q)
+            kept = _keep_masks(plan, dropout, q)
+            weights: list[Tensor] = []
+            sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out), strict=True)
+            for bucket, keep, (qs, ks, vs, outs) in zip(plan.buckets, kept or plan.nothing, sides, strict=True):
+                scores = _scaled(qs, ks.transpose(1, 2), dim=qs.shape[-1])
+                if bucket.bias is not None:
+                    scores.view(bucket.sequences, plan.heads, *scores.shape[1:]).add_(bucket.bias)
+                weights.append(scores.softmax(-1))
+                torch.bmm(weights[-1] if keep is None else weights[-1] * keep, vs, out=outs)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, *weights, *kept)
+        return plan.queries.scatter(out, plan.heads)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        q, k, v, *rest = ctx.saved_tensors
+        weights, kept = rest[: len(plan.buckets)], rest[len(plan.buckets) :]
+        # With nothing flowing into a query at padding, nothing flows out of it; keys at padding have weight 0.
+        grad = plan.queries.gather(grad).index_fill_(0, plan.queries.padding, 0)
+        to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(grad), strict=True)
+        results = zip(plan.by_query(to_q), plan.by_key(to_k), plan.by_key(to_v), strict=True)
+        for w, keep, (qs, ks, vs, grads), (to_qs, to_ks, to_vs) in zip(
+            weights, kept or plan.nothing, sides, results, strict=True
+        ):
+            torch.bmm((w if keep is None else w * keep).transpose(1, 2), grads, out=to_vs)
+            to_w = torch.bmm(grads, vs.transpose(1, 2))
+            if keep is not None:
+                to_w.mul_(keep)
+            to_scores = torch.ops.aten._softmax_backward_data(to_w, w, -1, w.dtype)
+            _scaled(to_scores, ks, out=to_qs, dim=qs.shape[-1])
+            _scaled(to_scores.transpose(1, 2), qs, out=to_ks, dim=qs.shape[-1])
+        heads = plan.heads
+        to_q, to_k, to_v = (
+            plan.queries.scatter(to_q, heads),
+            plan.keys.scatter(to_k, heads),
+            plan.keys.scatter(to_v, heads),
+        )
+        return to_q, to_k, to_v, None, None
+
+
+def _scaled(a: Tensor, b: Tensor, *, dim: int, out: Tensor | None = None) -> Tensor:
+    """`a @ b / sqrt(dim)` as one call."""
+    base = a.new_empty(1, 1, 1) if out is None else out
+    return torch.baddbmm(base, a, b, beta=0, alpha=1 / math.sqrt(dim), out=out)
+
+
+def _keep_masks(plan: Plan, dropout: float, like: Tensor) -> list[Float[Tensor, "seq_head q k"]]:
+    """The masks of all buckets, drawn in one sweep; none where nothing is dropped."""
+    if dropout == 0.0:
+        return []
+    shapes = [(bucket.sequences * plan.heads, bucket.q_len, bucket.k_len) for bucket in plan.buckets]
+    sizes = [math.prod(shape) for shape in shapes]
+    drawn = keep_mask((sum(sizes),), dropout, like).split(sizes)
+    return [mask.view(shape) for mask, shape in zip(drawn, shapes, strict=True)]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lexmill.errors import UserError
 from lexmill.nn import MLP, Dense, Embedding, KVCache, LayerNorm, Linear, Packed, RMSNorm, RopeScaling, Rotary, pool
 from lexmill.nn import linear as kinds
+from lexmill.nn.matmul import fitting_rows
 from lexmill.nn.rotary import frequencies, rotate
 
 
@@ -21,9 +22,18 @@ def test_grouping_puts_equal_lengths_side_by_side_and_goes_back(lens):
         runs = torch.unique_consecutive(layout.lengths)
         assert len(runs) == len(set(lens))
         return
-    assert near.layout.lengths.tolist() == sorted(lens)
+    filler = fitting_rows(layout.num_tokens, layout.device) - layout.num_tokens
+    assert near.layout.lengths.tolist() == sorted([*lens, filler] if filler else lens)
     assert torch.equal(rows[near.rows][near.restore_rows], rows)
     assert torch.equal(near.layout.lengths[near.restore_sequences], layout.lengths)
+
+
+def test_numbers_of_rows_are_few_and_hardly_larger(monkeypatch):
+    monkeypatch.setattr("lexmill.nn.matmul._onednn_is_faster", lambda: True)
+    fitted = [fitting_rows(rows, torch.device("cpu")) for rows in range(1, 4097)]
+    assert all(0 <= new - rows <= max(7, rows // 64) for rows, new in enumerate(fitted, 1))
+    assert len(set(fitted)) < 400
+    assert fitting_rows(517, torch.device("meta")) == 517
 
 
 @given(lens=st.lists(st.integers(1, 5), min_size=1, max_size=8))

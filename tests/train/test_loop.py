@@ -82,7 +82,7 @@ def test_every_step_says_what_it_did() -> None:
         assert event["loss"] > 0
         assert event["grad_norm"] > 0
         assert event["learning_rate"] == pytest.approx(1e-3 * (1 - event["step"] / 6))
-        assert event["positions_per_token"] == 1.0
+        assert 1.0 <= event["positions_per_token"] < 1.2
         assert 0 < event["ceiling_share"] < 1.5
         assert event["tokens_per_second"] > event["examples_per_second"] > 0
         assert event["peak_memory"] > 2**20
@@ -90,7 +90,7 @@ def test_every_step_says_what_it_did() -> None:
     assert result.final_loss == losses[-1]
     assert sum(losses[3:]) < sum(losses[:3]), "the second epoch, over the same examples, is not easier than the first"
     assert result.seconds == pytest.approx(sum(event["seconds"] for event in events))
-    assert result.positions_per_token == 1.0
+    assert 1.0 <= result.positions_per_token < 1.2
 
 
 def test_a_finished_run_resumed_says_the_same_and_changes_nothing(tmp_path: Path) -> None:

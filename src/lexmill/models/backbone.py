@@ -88,11 +88,11 @@ class Block(nn.Module):
         """The next hidden state; with `only`, that of the first or last token of each sequence, `[seq, dim]`."""
         if self.pre_norm:
             x, mixed = self._attend(hidden, self.attention_norm(hidden), layout, rope, only, cache, collect)
-            x = x + self.dropout(mixed)
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+            x = self.dropout.onto(x, mixed)
+            return self.dropout.onto(x, self.mlp(self.mlp_norm(x)))
         x, mixed = self._attend(hidden, hidden, layout, rope, only, cache, collect)
-        x = self.attention_norm(x + self.dropout(mixed))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        x = self.attention_norm(self.dropout.onto(x, mixed))
+        return self.mlp_norm(self.dropout.onto(x, self.mlp(x)))
 
     def _attend(
         self,

@@ -62,7 +62,7 @@ class Bucket:
     sequences: int
     q_len: int
     k_len: int
-    bias: Float[Tensor, "seq 1 q k"] | None
+    bias: Float[Tensor, "seq 1 k q"] | None
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,9 @@ class Plan:
         order = np.lexsort((q_lens, k_lens))
         bounds = _cut(q_lens[order], k_lens[order], heads)
         parts = [order[start:end] for start, end in pairwise(bounds)]
-        return cls(
-            heads,
-            tuple(_bucket(q_lens[part], k_lens[part], rule) for part in parts),
-            _cells(q_layout, parts, heads),
-            _cells(k_layout, parts, heads),
-        )
+        buckets = tuple(_bucket(q_lens[part], k_lens[part], rule) for part in parts)
+        keys = _cells(k_layout, parts, heads)
+        return cls(heads, buckets, keys if q_layout is k_layout else _cells(q_layout, parts, heads), keys)
 
 
 def _cut(q_lens: np.ndarray, k_lens: np.ndarray, heads: int) -> list[int]:
@@ -140,7 +137,7 @@ def _bucket(q_lens: np.ndarray, k_lens: np.ndarray, rule: Rule) -> Bucket:
     if bool(seen.all()):
         return Bucket(len(q_lens), q_len, k_len, None)
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-    return Bucket(len(q_lens), q_len, k_len, bias.unsqueeze(1))
+    return Bucket(len(q_lens), q_len, k_len, bias.transpose(1, 2).unsqueeze(1))
 
 
 def _cells(layout: Packed, parts: list[np.ndarray], heads: int) -> Cells:
@@ -167,7 +164,11 @@ def bucketed_attention(
     plan: Plan,
     dropout: float = 0.0,
 ) -> Float[Tensor, "q_tok head dim"]:
-    """Scaled dot-product attention by `plan`; float32 or bfloat16, on a CPU, differentiable once."""
+    """Scaled dot-product attention by `plan`, on a CPU, differentiable once.
+
+    Scores stand as `[seq_head, k, q]`: torch's softmax over the last dimension goes number by number where that is
+    shorter than a vector register, while over another it takes neighbouring queries side by side.
+    """
     return _Bucketed.apply(q, k, v, plan, dropout)  # pyright: ignore[reportReturnType]
 
 
@@ -181,11 +182,11 @@ class _Bucketed(torch.autograd.Function):
             weights: list[Tensor] = []
             sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out), strict=True)
             for bucket, keep, (qs, ks, vs, outs) in zip(plan.buckets, kept or plan.nothing, sides, strict=True):
-                scores = _scaled(qs, ks.transpose(1, 2), dim=qs.shape[-1])
+                scores = _scaled(ks, qs.transpose(1, 2), dim=qs.shape[-1])
                 if bucket.bias is not None:
                     scores.view(bucket.sequences, plan.heads, *scores.shape[1:]).add_(bucket.bias)
-                weights.append(scores.softmax(-1))
-                torch.bmm(weights[-1] if keep is None else weights[-1] * keep, vs, out=outs)
+                weights.append(scores.softmax(1))
+                torch.bmm((weights[-1] if keep is None else weights[-1] * keep).transpose(1, 2), vs, out=outs)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, *weights, *kept)
         return plan.queries.scatter(out, plan.heads)
@@ -206,13 +207,13 @@ class _Bucketed(torch.autograd.Function):
         for w, keep, (qs, ks, vs, grads), (to_qs, to_ks, to_vs) in zip(
             weights, kept or plan.nothing, sides, results, strict=True
         ):
-            torch.bmm((w if keep is None else w * keep).transpose(1, 2), grads, out=to_vs)
-            to_w = torch.bmm(grads, vs.transpose(1, 2))
+            torch.bmm(w if keep is None else w * keep, grads, out=to_vs)
+            to_w = torch.bmm(vs, grads.transpose(1, 2))
             if keep is not None:
                 to_w.mul_(keep)
-            to_scores = torch.ops.aten._softmax_backward_data(to_w, w, -1, w.dtype)
-            _scaled(to_scores, ks, out=to_qs, dim=qs.shape[-1])
-            _scaled(to_scores.transpose(1, 2), qs, out=to_ks, dim=qs.shape[-1])
+            to_scores = torch.ops.aten._softmax_backward_data(to_w, w, 1, w.dtype)
+            _scaled(to_scores.transpose(1, 2), ks, out=to_qs, dim=qs.shape[-1])
+            _scaled(to_scores, qs, out=to_ks, dim=qs.shape[-1])
         heads = plan.heads
         to_q, to_k, to_v = (
             plan.queries.scatter(to_q, heads),
@@ -228,11 +229,11 @@ def _scaled(a: Tensor, b: Tensor, *, dim: int, out: Tensor | None = None) -> Ten
     return torch.baddbmm(base, a, b, beta=0, alpha=1 / math.sqrt(dim), out=out)
 
 
-def _keep_masks(plan: Plan, dropout: float, like: Tensor) -> list[Float[Tensor, "seq_head q k"]]:
+def _keep_masks(plan: Plan, dropout: float, like: Tensor) -> list[Float[Tensor, "seq_head k q"]]:
     """The masks of all buckets, drawn in one sweep; none where nothing is dropped."""
     if dropout == 0.0:
         return []
-    shapes = [(bucket.sequences * plan.heads, bucket.q_len, bucket.k_len) for bucket in plan.buckets]
+    shapes = [(bucket.sequences * plan.heads, bucket.k_len, bucket.q_len) for bucket in plan.buckets]
     sizes = [math.prod(shape) for shape in shapes]
     drawn = keep_mask((sum(sizes),), dropout, like).split(sizes)
     return [mask.view(shape) for mask, shape in zip(drawn, shapes, strict=True)]

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from lexmill.nn.matmul import fitting_rows
+
 CPU = torch.device("cpu")
 P = TypeVar("P")
 
@@ -78,17 +80,22 @@ class Packed:
 
     @cached_property
     def grouped(self) -> Regrouped | None:
-        """The same sequences ordered by length, so that those of equal length are neighbours; None where they are."""
+        """The same sequences ordered by length, so that those of equal length are neighbours, and as many rows as the
+        matrix products like (`matmul.fitting_rows`), with one more sequence of copies where need be; None where all
+        that is so already."""
+        filler = fitting_rows(self.num_tokens, self.device) - self.num_tokens
         values, runs = torch.unique_consecutive(self.lengths).unique(return_counts=True)
-        if len(values) == 0 or int(runs.max()) == 1:
+        if not filler and (len(values) == 0 or int(runs.max()) == 1):
             return None
-        order = torch.argsort(self.lengths, stable=True)
-        rows = self.rows_of(order)
+        lengths = torch.cat([self.lengths, torch.tensor([filler])]) if filler else self.lengths
+        order = torch.argsort(lengths, stable=True)
+        layout = Packed.of(lengths[order], self.device)
+        place = torch.argsort(order)
+        restore = layout.rows_of(place[: self.num_sequences])
+        rows = torch.zeros(layout.num_tokens, dtype=torch.int64)
+        rows[restore] = torch.arange(self.num_tokens)
         return Regrouped(
-            Packed.of(self.lengths[order], self.device),
-            rows.to(self.device),
-            torch.argsort(rows).to(self.device),
-            torch.argsort(order).to(self.device),
+            layout, rows.to(self.device), restore.to(self.device), place[: self.num_sequences].to(self.device)
         )
 
     def rows_of(self, order: Int[Tensor, "some"]) -> Int[Tensor, "rows"]:
@@ -114,16 +121,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """A layout with its sequences in another order.
+    """A layout with its sequences in another order, and perhaps one more.
 
     Args:
-        rows: for each row of `layout`, the row of the original.
-        restore_rows: the inverse.
+        rows: for each row of `layout`, the row of the original; row 0 where it is a copy.
+        restore_rows: for each row of the original, its place in `layout`.
         restore_sequences: for each sequence of the original, its place in `layout`.
     """
 
     layout: Packed
-    rows: Int[Tensor, "tok"]
+    rows: Int[Tensor, "near_tok"]
     restore_rows: Int[Tensor, "tok"]
     restore_sequences: Int[Tensor, "seq"]
 

@@ -1,7 +1,8 @@
 """Fine-tuning MiniLM-L6 on BANKING77, batch 32, against the Hugging Face Trainer, in one run.
 
 All take the same model, data, batch size, optimiser and dropout, each in a process of its own. A turn is one window of
-50 batches, so that every turn holds every length of text. With a GPU all run there, in bf16.
+50 batches, so that every turn holds every length of text. With `--method lora` all train low-rank matrices (r = 8,
+query and value), the peer by `peft`. With a GPU all run there, in bf16.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,14 +22,16 @@ import torch
 from measure import Worker, interleave, ratio, save, table, work
 
 BATCH, STEPS = 32, 50
+Method = Literal["full", "lora"]
 CUDA = torch.cuda.is_available()
-LEAST = {0.0: (3.2, 1.5), 0.1: (2.8, 1.3)}
-"""By dropout: how many times the Trainer's speed with dynamic padding, and with `group_by_length`."""
+LEAST = {("full", 0.0): (3.2, 1.5), ("full", 0.1): (2.8, 1.3), ("lora", 0.1): (3.5, 1.9)}
+"""By method and dropout: how many times the Trainer's speed with dynamic padding, and with `group_by_length`."""
 
 
-def lexmill(dropout: float, window: int) -> Callable[[], Mapping[str, Any]]:
+def lexmill(method: Method, dropout: float, window: int) -> Callable[[], Mapping[str, Any]]:
     """Steps of Lexmill's own trainer, as `lexmill fit` runs them; `window` 1 is its default order, 50 one by length."""
     from lexmill import models
+    from lexmill.adapt import AdaptConfig, adapt
     from lexmill.data import banking77
     from lexmill.fit import DataConfig, FitConfig, model_directory
     from lexmill.fit.prepare import prepare, split, tokenized
@@ -43,6 +46,7 @@ def lexmill(dropout: float, window: int) -> Callable[[], Mapping[str, Any]]:
     model.set_dropout(dropout)
     torch.manual_seed(0)
     prepared.task.attach(model)
+    adapt(model, AdaptConfig(method))
     if CUDA:
         model.cuda()
     trainer = Trainer(model, prepared.task, split(tokenized(prepared), 0.0, 0)[0], config)
@@ -60,7 +64,7 @@ def lexmill(dropout: float, window: int) -> Callable[[], Mapping[str, Any]]:
         if CUDA:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        share = 6 * model.trunk_parameters() * seen / seconds / ceiling
+        share = model.training_work() * seen / seconds / ceiling
         return {
             "rate": examples / seconds, "ceiling_gflops": ceiling / 1e9, "ceiling_share": share,
             "positions_per_token": positions / seen,
@@ -69,7 +73,7 @@ def lexmill(dropout: float, window: int) -> Callable[[], Mapping[str, Any]]:
     return turn
 
 
-def trainer(dropout: float, strategy: str) -> Callable[[], Mapping[str, Any]]:
+def trainer(method: Method, dropout: float, strategy: str) -> Callable[[], Mapping[str, Any]]:
     """A window of the Hugging Face Trainer."""
     from transformers import (
         AutoModelForSequenceClassification,
@@ -116,6 +120,11 @@ def trainer(dropout: float, strategy: str) -> Callable[[], Mapping[str, Any]]:
             model_directory("minilm"), num_labels=len(names),
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         )  # fmt: skip
+        if method == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            targets = ["query", "value"]
+            model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="SEQ_CLS"))
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -130,16 +139,16 @@ def trainer(dropout: float, strategy: str) -> Callable[[], Mapping[str, Any]]:
     return turn
 
 
-CONTESTANTS: dict[str, Callable[[float], Callable[[], Mapping[str, Any]]]] = {
-    "lexmill": lambda dropout: lexmill(dropout, 1),
-    "lexmill, length windows": lambda dropout: lexmill(dropout, 50),
-    "hf trainer, dynamic padding": lambda dropout: trainer(dropout, "random"),
-    "hf trainer, group_by_length": lambda dropout: trainer(dropout, "group_by_length"),
+CONTESTANTS: dict[str, Callable[[Method, float], Callable[[], Mapping[str, Any]]]] = {
+    "lexmill": lambda method, dropout: lexmill(method, dropout, 1),
+    "lexmill, length windows": lambda method, dropout: lexmill(method, dropout, 50),
+    "hf trainer, dynamic padding": lambda method, dropout: trainer(method, dropout, "random"),
+    "hf trainer, group_by_length": lambda method, dropout: trainer(method, dropout, "group_by_length"),
 }
 
 
-def compare(dropout: float, rounds: int) -> dict[str, Any]:
-    workers = {name: Worker(__file__, f"{name}:{dropout}") for name in CONTESTANTS}
+def compare(method: Method, dropout: float, rounds: int) -> dict[str, Any]:
+    workers = {name: Worker(__file__, f"{name}:{method}:{dropout}") for name in CONTESTANTS}
     rates = interleave(workers, rounds)
     facts = workers["lexmill"].facts
     for worker in workers.values():
@@ -147,10 +156,11 @@ def compare(dropout: float, rounds: int) -> dict[str, Any]:
     table(rates, "examples/s")
     dynamic = ratio(rates, "lexmill", "hf trainer, dynamic padding")
     grouped = ratio(rates, "lexmill", "hf trainer, group_by_length")
-    least = LEAST[dropout]
+    least = LEAST[method, dropout]
     print(
-        f"dropout {dropout}: {dynamic:.2f}x dynamic padding (at least {least[0]}), {grouped:.2f}x group_by_length (at "
-        f"least {least[1]}); ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, share {facts['ceiling_share']:.0%}, "
+        f"{method}, dropout {dropout}: {dynamic:.2f}x dynamic padding (at least {least[0]}), {grouped:.2f}x "
+        f"group_by_length (at least {least[1]}); ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, "
+        f"share {facts['ceiling_share']:.0%}, "
         f"{facts['positions_per_token']:.2f} positions a token",
         flush=True,
     )
@@ -160,15 +170,19 @@ def compare(dropout: float, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dropout", type=float, nargs="*", default=list(LEAST))
+    parser.add_argument("--method", choices=["full", "lora"], default="full")
+    parser.add_argument("--dropout", type=float, nargs="*", help="0 and 0.1, where not given; 0.1 alone for lora")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        name, _, dropout = arguments.worker.partition(":")
-        work(CONTESTANTS[name](float(dropout)))
+        name, method, dropout = arguments.worker.split(":")
+        work(CONTESTANTS[name](method, float(dropout)))
         return
-    figures = {f"dropout {dropout}": compare(dropout, arguments.rounds) for dropout in arguments.dropout}
-    save("finetune-gpu" if CUDA else "finetune", figures)
+    method: Method = arguments.method
+    dropouts = arguments.dropout or [dropout for of, dropout in LEAST if of == method]
+    figures = {f"dropout {dropout}": compare(method, dropout, arguments.rounds) for dropout in dropouts}
+    name = "finetune" if method == "full" else f"finetune-{method}"
+    save(f"{name}-gpu" if CUDA else name, figures)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,25 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lexmill.config import load
 from lexmill.data import banking77
 from lexmill.fit import DataConfig, FitConfig, fit
 from lexmill.train import TrainConfig
 from measure import save
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def bank(seed: int, dropout: float | None) -> FitConfig:
+    recipe = load(FitConfig, file=RECIPES / "banking77.toml").value
     train, test = banking77()
-    return FitConfig(DataConfig(train, test=test), train=TrainConfig(seed=seed, dropout=dropout))
+    return replace(recipe, data=DataConfig(train, test=test), train=replace(recipe.train, seed=seed, dropout=dropout))
 
 
 def clinc(seed: int, dropout: float | None) -> FitConfig:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+# Two workers share two cores; two-threaded processes on top of them would wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before anything imports these rooms: every call in every test is then checked against the shapes of its signature.
 install_import_hook(["lexmill.nn", "lexmill.models"], "beartype.beartype")

@@ -149,8 +149,8 @@ def test_fit_for_machines_and_in_silence(work: Path, short: Fit) -> None:
 
 
 def test_an_interrupted_fit_goes_on_where_it_stood(work: Path, short: Fit) -> None:
-    (work / "train.jsonl").write_text(jsonl(rows(200)))
-    many = [*short, "--epochs", "10", "--batch-size", "4", "--set", "train.checkpoint_every=50"]
+    (work / "train.jsonl").write_text(jsonl(rows(100)))
+    many = [*short, "--epochs", "10", "--batch-size", "4", "--set", "train.checkpoint_every=25"]
     with subprocess.Popen(command(*many), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not list(work.glob("out.partial/checkpoints/step-*[0-9]")):
             assert running.poll() is None, running.communicate()
@@ -162,9 +162,9 @@ def test_an_interrupted_fit_goes_on_where_it_stood(work: Path, short: Fit) -> No
     refused(lexmill(*many), "out.partial", "--resume")
     again = lexmill(*many, "--resume")
     assert again.code == 0
-    assert re.search(r"going on from step [\d,]+ of 500", again.err)
+    assert re.search(r"going on from step [\d,]+ of 250", again.err)
     steps = [json.loads(line)["step"] for line in (work / "out" / "run" / "events.jsonl").read_text().splitlines()]
-    assert steps == list(range(500))
+    assert steps == list(range(250))
     assert not (work / "out.partial").exists()
 
 

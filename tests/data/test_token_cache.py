@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,16 @@ def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="broken row"):
         build_cache(tmp_path / "cache", failing(), "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_runs_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    for name, age in (("cache.old.partial", 7200), ("cache.new.partial", 60), ("other.old.partial", 7200)):
+        (tmp_path / name).mkdir()
+        for path in (tmp_path / name / "weight", tmp_path / name):
+            path.touch()
+            os.utime(path, (time.time() - age,) * 2)
+    build_cache(tmp_path / "cache", [example(0)], "key")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "cache.new.partial", "other.old.partial"]
 
 
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from safetensors.torch import load_file
 from tests.fit.conftest import Recipe
 from tests.train.parts import rows, stored, tiny_llama, write_rows
 
+from lexmill.adapt import AdaptConfig
 from lexmill.artifact import Artifact
 from lexmill.engine import Request, TorchEngine
 from lexmill.errors import UserError
 from lexmill.fit import DataConfig, FitConfig, Watch, fit
-from lexmill.fit.model import start
+from lexmill.fit.model import model_directory, start
 from lexmill.fit.prepare import prepare
 from lexmill.monitor import read_events
 from lexmill.nn.dropout import Dropout
@@ -44,6 +46,28 @@ def test_a_seed_gives_the_same_bits_again_and_another_others(first: Artifact, re
     assert same(first, again)
     assert first.manifest.weights == again.manifest.weights
     assert not same(first, other)
+
+
+@pytest.mark.parametrize("adapting", [AdaptConfig("lora", layers=1), AdaptConfig("bitfit"), AdaptConfig("frozen")])
+def test_adapting_leaves_the_rest_of_the_model_as_it_was(adapting: AdaptConfig, recipe: Recipe, tmp_path: Path) -> None:
+    asked = replace(recipe(), adapt=adapting)
+    said: list[str] = []
+    artifact = fit(asked, tmp_path / "out", watch=Watch(note=said.append)).artifact
+    base, after = load_file(model_directory(asked.model) / "model.safetensors"), weights(artifact)
+    moved = {name for name, tensor in after.items() if name.startswith("bert.") and "pooler" not in name}
+    moved -= {n for n in moved if torch.equal(after[n], base.get(n, base.get(n.removeprefix("bert."), torch.empty(0))))}
+    expected = {
+        "lora": {f"bert.encoder.layer.1.attention.self.{name}.weight" for name in ("query", "value")},
+        "bitfit": {n for n in after if n.startswith("bert.encoder") and n.endswith("bias") and "key" not in n},
+        "frozen": set[str](),
+    }[adapting.method]
+    assert {name for name in moved if not name.endswith("key.bias")} == expected
+    effect = artifact.manifest.history[-1].effect
+    assert effect["trained_weights"] < effect["weights"] / 2
+    assert any(line.startswith(f"training {effect['trained_weights']:,.0f} of ") for line in said)
+    assert artifact.manifest.history[-1].parameters["adapt"]["method"] == adapting.method  # pyright: ignore
+    stored_adapter = artifact.path / "adapters" / "default" / "adapter_model.safetensors"
+    assert stored_adapter.is_file() == (adapting.method == "lora")
 
 
 def test_an_artefact_holds_what_the_contract_says(recipe: Recipe, tmp_path: Path) -> None:

@@ -35,11 +35,31 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
 }
 
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {}),
+    "roberta": ("Roberta", {"type_vocab_size": 1}),
+    "roberta_other_padding": ("Roberta", {"pad_token_id": 3, "hidden_act": "gelu_new"}),
+    "xlm_roberta": ("XLMRoberta", {"layer_norm_eps": 1e-5}),
+    "distilbert": ("DistilBert", {"hidden_dim": 40, "activation": "relu"}),
+    "ernie": ("Ernie", {}),
+    "ernie_with_tasks": ("Ernie", {"use_task_id": True, "task_type_vocab_size": 4}),
+}
+
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 2}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 4}),
+    "mistral_without_window": ("Mistral", {"num_key_value_heads": 1, "sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen2_tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3_biased": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True}),
+}
+
 LENGTHS = [7, 3, 12, 3, 7, 1]
 
 
 def reference(kind: str, head: str = "", **changes: Any) -> Any:
-    """A random model: `kind` is `Bert` or `Llama`, `head` the end of its class's name."""
+    """A random model: `kind` is the beginning, `head` the end of its class's name."""
     import transformers
 
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

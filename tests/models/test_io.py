@@ -182,7 +182,7 @@ BROKEN = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
     "config a list": (lambda d: (d / "config.json").write_text("[]"), "JSON object"),
-    "unknown family": (lambda d: edit(d, model_type="bort"), "unknown model family 'bort'(.|\n)*bert, llama"),
+    "unknown family": (lambda d: edit(d, model_type="bort"), "unknown model family 'bort'(.|\n)*bert, roberta"),
     "relative positions": (lambda d: edit(d, position_embedding_type="relative_key"), "position_embedding_type"),
     "decoder": (lambda d: edit(d, is_decoder=True), "is_decoder"),
     "activation": (lambda d: edit(d, hidden_act="mish"), "hidden_act: 'mish'"),

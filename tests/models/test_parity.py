@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 
 from lexmill.data.batch import Tokens, pack
 from lexmill.models import greedy, init, load, save
-from lexmill.models.families import bert
 from lexmill.nn import Packed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
@@ -152,8 +151,3 @@ def test_real_minilm_equals_transformers_on_real_texts(minilm, shared_data, tmp_
         judge = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(judge.bert.pooler.dense.weight, theirs.pooler.dense.weight)
         assert gap(ours(*packed)["intent"], judge(side, layout.padded.mask).logits) <= 1e-5
-
-
-def test_tables_name_every_tensor_of_their_trunk_once():
-    names = bert.FAMILY.names(3)
-    assert len(set(names.values())) == len(names)

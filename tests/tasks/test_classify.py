@@ -109,6 +109,19 @@ def test_the_weighted_loss_is_that_of_torch() -> None:
     assert ours == pytest.approx(float(theirs.detach()), rel=1e-6)
 
 
+def test_label_smoothing_is_that_of_torch_and_refused_where_it_cannot_act() -> None:
+    data = rows(6)
+    plain, smooth = (classifier(data, tiny_bert(), label_smoothing=p) for p in (0.0, 0.1))
+    batch = batch_of(smooth, smooth.encode(data, tokenizer(), labelled=True))
+    logits = torch.randn(6, len(smooth.labels()["label"]))
+    target = torch.from_numpy(batch.labels["label"])
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+    assert torch.equal(smooth.item_losses({"label": logits}, batch)["label"], expected)
+    assert not torch.equal(plain.item_losses({"label": logits}, batch)["label"], expected)
+    with pytest.raises(UserError, match="not smoothed"):
+        task_of([["a"], ["b"]], multi_label=True, label_smoothing=0.1)
+
+
 def test_the_loss_of_several_labels_is_that_of_torch() -> None:
     data = [{**row, "label": [row["label"], "any"][: i % 3]} for i, row in enumerate(rows(12))]
     model = tiny_bert()

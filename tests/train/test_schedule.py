@@ -21,6 +21,8 @@ def rates(schedule: str, warmup: float, total: int = TOTAL) -> list[float]:
         ("linear", lambda x: 1 - x),
         ("cosine", lambda x: 0.5 * (1 + math.cos(math.pi * x))),
         ("constant", lambda x: 1.0),
+        ("exponential", lambda x: 0.01**x),
+        ("wsd", lambda x: min(1.0, 5 * (1 - x))),
     ],
 )
 def test_after_the_warm_up_the_rate_follows_its_formula(schedule: str, shape) -> None:
@@ -30,13 +32,13 @@ def test_after_the_warm_up_the_rate_follows_its_formula(schedule: str, shape) ->
     assert warmed[10] == 2.0
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "exponential", "wsd"])
 def test_the_warm_up_rises_evenly_from_above_zero_to_the_peak(schedule: str) -> None:
     rising = rates(schedule, 0.25)[:11]
     assert rising == pytest.approx([2 * (i + 1) / 11 for i in range(11)])
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "exponential", "wsd"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 0.9])
 def test_no_step_of_the_shortest_run_is_idle(schedule: str, total: int, warmup: float) -> None:

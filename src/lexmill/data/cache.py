@@ -14,10 +14,12 @@ reading holds the data in memory. Offsets count from 0 and have one entry more t
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, pairwise
@@ -34,6 +36,8 @@ from lexmill.data.sources import Source
 from lexmill.errors import Failure, UserError
 
 _CHUNK = 1024
+_ABANDONED_AFTER = 3600
+"""Seconds without a write."""
 
 
 def cache_key(sources: Sequence[Source], tokenizer_fingerprint: str, preprocessing: Mapping[str, Any]) -> str:
@@ -71,6 +75,7 @@ def build_cache(directory: str | Path, examples: Iterable[Example], key: str) ->
         return found
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(directory)
         partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".partial", dir=directory.parent))
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror or error}", where=str(directory)) from error
@@ -104,6 +109,14 @@ def _existing(directory: Path, key: str) -> TokenCache | None:
     except UserError:
         return None  # damaged, or of another version: it is made again
     return cache if cache.key == key else None
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what killed runs left half-written. A run that is still writing touches its files every few seconds."""
+    for torn in directory.parent.glob(f"{glob.escape(directory.name)}.*.partial"):
+        newest = max(path.stat().st_mtime for path in (torn, *torn.iterdir()))
+        if time.time() - newest > _ABANDONED_AFTER:
+            shutil.rmtree(torn, ignore_errors=True)
 
 
 def _move(partial: Path, directory: Path, key: str) -> None:

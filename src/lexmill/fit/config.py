@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
+from lexmill.adapt.config import AdaptConfig
 from lexmill.train.config import TrainConfig
 
 
@@ -45,6 +46,7 @@ class FitConfig:
         model: a Hugging Face directory, an artefact, or `minilm` for the one in the extra `starter`.
         task: the name of a task.
         options: what that task lets one set, such as `max_length`.
+        adapt: see `AdaptConfig`.
         train: see `TrainConfig`.
     """
 
@@ -52,4 +54,5 @@ class FitConfig:
     model: str = "minilm"
     task: str = "classify"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

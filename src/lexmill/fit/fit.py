@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmill import models
+from lexmill.adapt import ADAPTER, Adapted, adapt, save_adapter
 from lexmill.artifact import (
     Artifact,
     Environment,
@@ -28,7 +29,7 @@ from lexmill.config import to_dict
 from lexmill.data.tokenizer import check_vocabulary
 from lexmill.engine import TorchEngine
 from lexmill.engine.loaded import Loaded
-from lexmill.errors import MissingExtra
+from lexmill.errors import Failure, MissingExtra
 from lexmill.evaluate import Evaluation, evaluate, probes
 from lexmill.fit.config import FitConfig
 from lexmill.fit.model import Start, start
@@ -148,13 +149,19 @@ class _Run:
         return Loaded(self.prepared.task, self.model, self.prepared.tokenizer, self.writer.out.name)
 
     def run(self) -> Manifest:
+        adapted = adapt(self.model, self.prepared.config.adapt)
+        if adapted.trained < adapted.total:
+            share = f"{adapted.trained / adapted.total:.2%}"
+            self.watch.note(f"training {adapted.trained:,} of {adapted.total:,} weights ({share})")
         training = self._train()
+        effect = {name: float(value) for name, value in asdict(training).items() if value is not None}
+        effect |= self._finish(adapted)
         test = self._test()
         self._write_model()
         if test is not None:
             self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()), "utf-8")
         self._report(training, test)
-        manifest = self._manifest(training, test)
+        manifest = self._manifest(effect, test)
         self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
         return manifest
 
@@ -179,6 +186,18 @@ class _Run:
         events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step - 1)
         with closing(Fanout(events, *self.watch.sinks)) as sinks:
             return trainer.run(sinks.emit)
+
+    def _finish(self, adapted: Adapted) -> dict[str, float]:
+        """Write the adapter down and merge it; gives what adapting did. Raises `Failure` where it did nothing."""
+        moved = adapted.moved()
+        if not moved:
+            raise Failure("adapting changed nothing", where="adapt", hint="raise train.learning_rate or train.epochs")
+        effect = {"trained_weights": float(adapted.trained), "weights": float(adapted.total)}
+        if self.prepared.config.adapt.method == "lora":
+            folder = self.writer.path(f"adapters/{ADAPTER}/adapter_config.json").parent
+            save_adapter(self.model, folder, str(self.prepared.model_directory))
+        adapted.merge()
+        return effect | {"trunk_moved": moved}
 
     def _test(self) -> Evaluation | None:
         test = self.prepared.sources.test
@@ -219,15 +238,17 @@ class _Run:
         except MissingExtra as missing:
             self.watch.note(f"no HTML report: {missing}")
 
-    def _manifest(self, training: TrainResult, test: Evaluation | None) -> Manifest:
+    def _manifest(self, effect: Mapping[str, float], test: Evaluation | None) -> Manifest:
         prepared, machine = self.prepared, describe()
-        effect = {name: float(value) for name, value in asdict(training).items() if value is not None}
         return Manifest(
             task=TaskRecord(name=prepared.task.name, state=prepared.task.state()),
             structure=self.model.structure(),
             data=dict(self.data),
             metrics={"test": _metrics(test)} if test else {},
-            history=(*self.begun.history, Transform(name="fit", parameters=to_dict(prepared.config), effect=effect)),
+            history=(
+                *self.begun.history,
+                Transform(name="fit", parameters=to_dict(prepared.config), effect=dict(effect)),
+            ),
             environment=Environment(
                 torch=str(machine["torch"]),
                 cpu_capability=str(machine["cpu_capability"]),

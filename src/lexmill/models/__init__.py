@@ -4,7 +4,7 @@ from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride, ModelConfig
 from lexmill.models.generate import Generated, greedy
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead, register_head
-from lexmill.models.io import init, load, save, weights_digest
+from lexmill.models.io import head_tensors, init, load, module_names, save, trunk_prefix, weights_digest
 from lexmill.models.model import Model
 
 __all__ = [
@@ -18,9 +18,12 @@ __all__ = [
     "ModelConfig",
     "Transformer",
     "greedy",
+    "head_tensors",
     "init",
     "load",
+    "module_names",
     "register_head",
     "save",
+    "trunk_prefix",
     "weights_digest",
 ]

@@ -33,8 +33,11 @@ class Embeddings(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.token = Embedding(config.vocab_size, size, sparse=True, role="vocab")
-        self.position = Embedding(config.max_positions, size) if config.positions == "learned" else None
+        rows = config.position_offset + config.max_positions
+        self.position = Embedding(rows, size) if config.positions == "learned" else None
+        self.position_offset = config.position_offset
         self.segment = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.task_type = Embedding(config.task_type_vocab_size, size) if config.task_type_vocab_size else None
         self.norm = norm(config.norm, size, config.norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout)
 
@@ -49,7 +52,9 @@ class Embeddings(nn.Module):
         if self.segment is not None:
             x = x + (self.segment.weight[0] if types is None else self.segment(types))
         if self.position is not None:
-            x = x + self.position(positions)
+            x = x + self.position(positions + self.position_offset if self.position_offset else positions)
+        if self.task_type is not None:
+            x = x + self.task_type.weight[0]
         return self.dropout(self.norm(x))
 
 
@@ -66,6 +71,8 @@ class Block(nn.Module):
             config.head_dim,
             num_kv_heads=shape.num_kv_heads,
             bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
+            qk_norm=(config.norm, config.norm_eps) if config.qk_norm else None,
             causal=config.causal,
             window=shape.window,
             dropout=config.attention_dropout,

@@ -42,13 +42,17 @@ class ModelConfig:
     Args:
         num_kv_heads: heads of keys and values, which divide `num_heads`.
         max_positions: the longest sequence, in tokens.
+        position_offset: rows of a `learned` position table before that of the first token (RoBERTa).
         type_vocab_size: segment types of pairs; 0 for none.
+        task_type_vocab_size: kinds of task, of which text is the first; 0 for none (ERNIE).
         norm_place: `post` normalises after each residual sum (BERT), `pre` before each sub-layer (LLaMA).
         embedding_norm, final_norm: whether the sum of embeddings, and the last hidden state, is normalised.
         rope_theta, rope_scaling: of `rotary` positions.
         gated: whether the feed-forward layer has a gate.
         window: a token sees only those fewer than this many positions away; None for all.
         attention_bias: of queries, keys, values and output; `mlp_bias` of the feed-forward layers.
+        attention_output_bias: of the output, where it is not as `attention_bias` says.
+        qk_norm: whether each head's queries and keys are normalised, before rotation.
         tied_output: whether an output head shares the token embedding.
         dropout: of embeddings and sub-layer outputs; `attention_dropout` of attention weights.
         initializer_range: the standard deviation of new weights.
@@ -63,7 +67,9 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_positions: int
+    position_offset: int = 0
     type_vocab_size: int = 0
+    task_type_vocab_size: int = 0
     norm: NormKind = "layer"
     norm_place: Literal["pre", "post"] = "post"
     norm_eps: float = 1e-12
@@ -77,6 +83,8 @@ class ModelConfig:
     causal: bool = False
     window: int | None = None
     attention_bias: bool = True
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
     mlp_bias: bool = True
     tied_output: bool = True
     dropout: float = 0.0
@@ -95,7 +103,7 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, is {getattr(self, name)}", where=name)
-        for name in ("type_vocab_size", "initializer_range"):
+        for name in ("type_vocab_size", "task_type_vocab_size", "position_offset", "initializer_range"):
             if getattr(self, name) < 0:
                 raise UserError(f"must be at least 0, is {getattr(self, name)}", where=name)
         if self.positions == "rotary" and self.head_dim % 2:

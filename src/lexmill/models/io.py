@@ -87,7 +87,7 @@ def save(model: Model, directory: Path | str, *, labels: Sequence[str] | None = 
 
 def named_tensors(model: Model) -> dict[str, Tensor]:
     """All tensors of a model by the names they have in a file; tied ones once."""
-    family, prefix = families.find(model.family), _prefix(model)
+    family, prefix = families.find(model.family), trunk_prefix(model)
     old = model.origin.prefix
     moved = {name: _moved(name, family, old, prefix) for name in model.extras}
     tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
@@ -100,6 +100,29 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
             if not tied or theirs in tensors:
                 tensors[theirs] = head.get_parameter(ours)
     return tensors
+
+
+def module_names(model: Model) -> dict[str, str]:
+    """The layers of the trunk that have a weight, and what the family's files call them below its prefix."""
+    family = families.find(model.family)
+    found: dict[str, str] = {}
+    for ours, theirs in family.names(model.config.num_layers).items():
+        if ours.endswith(".weight"):
+            stored = model.origin.names.get(ours, theirs)
+            found[ours.removesuffix(".weight")] = stored.removesuffix(".weight")
+    return found
+
+
+def head_tensors(model: Model) -> tuple[families.Use | None, dict[str, Tensor]]:
+    """The use and the tensors, as named in a file, of the head that the family's Hugging Face class has; shared ones
+    are left out. None and nothing where no head has its form."""
+    uses: tuple[families.Use, ...] = ("classifier", "lm")
+    for use in uses:
+        if name := _hf_head(model, use):
+            head = cast("Head", model.heads[name])
+            own = {} if isinstance(head, LMHead) and head.tied else _head_names(model, name)
+            return use, {theirs: head.get_parameter(ours) for ours, theirs in own.items()}
+    return None, {}
 
 
 def weights_digest(model: Model) -> dict[str, str]:
@@ -253,7 +276,8 @@ def _hf_head(model: Model, use: families.Use) -> str | None:
     return name if not cast("LMHead", head).has_bias else None
 
 
-def _prefix(model: Model) -> str:
+def trunk_prefix(model: Model) -> str:
+    """What the names of trunk tensors begin with in a file of this model."""
     standard = _hf_head(model, "classifier") or _hf_head(model, "lm")
     return families.find(model.family).prefix if standard else model.origin.prefix
 
@@ -272,7 +296,7 @@ def _head_names(model: Model, name: str) -> dict[str, str]:
     for use in uses:
         if _hf_head(model, use) == name:
             table = families.find(model.family).heads[use]
-            return {ours: table[ours].format(prefix=_prefix(model)) for ours in own}
+            return {ours: table[ours].format(prefix=trunk_prefix(model)) for ours in own}
     return {ours: f"heads.{name}.{ours}" for ours in own}
 
 

@@ -94,6 +94,17 @@ class Model(nn.Module):
         """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training."""
         return sum(width * height for width, height in self.matmul_shapes())
 
+    def training_work(self) -> int:
+        """Operations a token that training must do: 2 a weight forward, 2 for the gradient of its input from the lowest
+        layer up that is trained, 2 for its own where it is trained."""
+        work, reached = 0, any(p.requires_grad for p in self.trunk.embeddings.parameters())
+        for layer in self.trunk.layers:
+            reached = reached or any(p.requires_grad for p in layer.parameters())
+            for m in layer.modules():
+                if isinstance(m, nn.Linear):
+                    work += m.weight.numel() * (2 + 2 * reached + 2 * m.weight.requires_grad)
+        return work
+
     def hidden(
         self,
         ids: Int[Tensor, "*rows"],

@@ -15,6 +15,7 @@ from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
+from lexmill.nn.norm import NormKind, norm
 from lexmill.nn.rotary import Rope, rotate
 from lexmill.nn.rule import Align, Rule
 
@@ -250,6 +251,7 @@ class Attention(nn.Module):
         dim: the width of the states that ask, and of the result.
         memory_dim: the width of the states that are asked; `dim` where None.
         bias: whether queries, keys and values have one; `output_bias` likewise, the same where None.
+        qk_norm: the kind and epsilon of a norm over each head's queries and keys (Henry et al. 2020); None for none.
         causal, window: see `rule.Rule`.
         dropout: share of attention weights set to zero in training.
     """
@@ -264,6 +266,7 @@ class Attention(nn.Module):
         memory_dim: int | None = None,
         bias: bool = True,
         output_bias: bool | None = None,
+        qk_norm: tuple[NormKind, float] | None = None,
         causal: bool = False,
         window: int | None = None,
         dropout: float = 0.0,
@@ -277,6 +280,8 @@ class Attention(nn.Module):
         self.query = Linear(dim, num_heads * head_dim, bias=bias, role="column")
         self.key = Linear(memory_dim or dim, kv_heads * head_dim, bias=bias, role="column")
         self.value = Linear(memory_dim or dim, kv_heads * head_dim, bias=bias, role="column")
+        self.query_norm = norm(qk_norm[0], head_dim, qk_norm[1]) if qk_norm else None
+        self.key_norm = norm(qk_norm[0], head_dim, qk_norm[1]) if qk_norm else None
         self.output = Linear(num_heads * head_dim, dim, bias=bias if output_bias is None else output_bias, role="row")
 
     def forward(
@@ -303,6 +308,8 @@ class Attention(nn.Module):
         source = hidden if memory is None else memory
         k_layout = layout if memory_layout is None else memory_layout
         q, k, v = self._heads(self.query(hidden)), self._heads(self.key(source)), self._heads(self.value(source))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, memory_rope or rope)
         if collect is not None:

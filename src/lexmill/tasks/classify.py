@@ -37,6 +37,8 @@ class ClassifyOptions:
             label column.
         class_weights: `balanced` weighs a class by the inverse of its share (King and Zeng, 2001, as used by
             scikit-learn).
+        label_smoothing: share of the label's probability that is spread over all labels (Szegedy et al. 2016); not
+            with `multi_label`.
         threshold: with `multi_label`, the probability from which a label is given.
     """
 
@@ -44,6 +46,7 @@ class ClassifyOptions:
     multi_label: bool = False
     heads: tuple[str, ...] = ()
     class_weights: Literal["none", "balanced"] = "none"
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
 
 
@@ -112,6 +115,9 @@ class Classify(Task):
 
     @classmethod
     def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: ClassifyOptions) -> Self:
+        if options.multi_label and options.label_smoothing:
+            hint = "set one of the two"
+            raise UserError("several labels a text are not smoothed", where="options.label_smoothing", hint=hint)
         head_columns = options.heads or (columns.get("label", "label"),)
         counts: dict[str, Counter[str]] = {column: Counter() for column in head_columns}
         for record in records:
@@ -226,7 +232,9 @@ class Classify(Task):
                 each = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
                 losses[name] = each.mean(-1)
             else:
-                losses[name] = F.cross_entropy(logits, target, reduction="none")
+                losses[name] = F.cross_entropy(
+                    logits, target, reduction="none", label_smoothing=self.options.label_smoothing
+                )
         return losses
 
     # --- answers ----------------------------------------------------------------------------------------------

@@ -11,9 +11,7 @@ none.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lexmill.artifact.tree import measure, sync_folder
 from lexmill.errors import Failure, UserError
 
 FORMAT = 1
@@ -56,7 +55,7 @@ class Checkpoint:
                 hint="resume with the version of lexmill that wrote it",
             )
         for name, digest in index["files"].items():
-            if _sha256(path / name) != digest:
+            if measure(path / name).sha256 != digest:
                 raise UserError("damaged: its content differs from when it was written", where=str(path / name))
         self.step: int = index["step"]
         self.state: dict[str, Any] = index["state"]
@@ -136,19 +135,18 @@ def write(
             "pieces": listed,
         }
     save_file(stored, partial / file)
-    _sync(partial / file)
     content = {
         "format": FORMAT,
         "step": step,
         "state": dict(state),
-        "files": {file: _sha256(partial / file)},
+        "files": {file: measure(partial / file, sync=True).sha256},
         "tensors": index,
     }
     (partial / "index.json").write_text(json.dumps(content))
-    _sync(partial / "index.json")
-    _sync(partial)
+    measure(partial / "index.json", sync=True)
+    sync_folder(partial)
     partial.rename(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 class Store:
@@ -184,16 +182,3 @@ class Store:
 
     def _paths(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from lexmill.errors import UserError
+from lexmill.train.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class TrainConfig:
         seed: fixes new weights, data order and dropout.
         batch_size: examples per optimiser step, whatever their length.
         learning_rate: the peak of the schedule.
-        schedule: the learning rate after warm-up: `linear` or `cosine` to 0, or `constant`.
+        schedule: the learning rate after warm-up: `linear` or `cosine` to 0, `exponential` to a hundredth of the peak,
+            `constant`, or `wsd`: constant, then linear to 0 in the last share `decay`.
         warmup: share of the steps in which the learning rate rises from 0 to its peak.
         weight_decay: of matrices and embeddings; biases and norms are never decayed (Loshchilov and Hutter, 2019).
         beta1, beta2, epsilon: of AdamW.
@@ -39,8 +41,9 @@ class TrainConfig:
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     batch_size: Annotated[int, Ge(1)] = 32
     learning_rate: Annotated[float, Gt(0)] = 3e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Schedule = "linear"
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.0
+    decay: Annotated[float, Gt(0), Le(1)] = 0.2
     weight_decay: Annotated[float, Ge(0)] = 0.0
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999

@@ -159,7 +159,12 @@ class Trainer:
     def _learning_rate(self, step: int) -> float:
         config = self.config
         return learning_rate(
-            step, self.total_steps, peak=config.learning_rate, schedule=config.schedule, warmup=config.warmup
+            step,
+            self.total_steps,
+            peak=config.learning_rate,
+            schedule=config.schedule,
+            warmup=config.warmup,
+            decay=config.decay,
         )
 
     def _batches(self, step: int) -> list[Batch]:
@@ -212,7 +217,7 @@ class _Meter:
 
     def __init__(self, model: Model, data: Dataset, config: TrainConfig, progress: Progress) -> None:
         self.progress = progress
-        self.trunk_parameters = model.trunk_parameters()
+        self.work = model.training_work()
         mean_tokens = max(1, round(float(data.lengths.mean()) * min(config.batch_size, len(data))))
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         rows = min(mean_tokens, config.token_budget)
@@ -237,7 +242,7 @@ class _Meter:
         }
 
     def _share(self, tokens_per_second: float) -> float:
-        return 6 * self.trunk_parameters * tokens_per_second / self.ceiling
+        return self.work * tokens_per_second / self.ceiling
 
     def result(self, steps_per_epoch: int) -> TrainResult:
         progress = self.progress

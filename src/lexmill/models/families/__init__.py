@@ -9,12 +9,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexmill.errors import UserError
-from lexmill.models.families import bert, llama
+from lexmill.models.families import bert, distilbert, ernie, llama, mistral, qwen2, qwen3, roberta, xlm_roberta
 from lexmill.models.families.table import Family, Use
 
-_FAMILIES = (bert.FAMILY, llama.FAMILY)
+_FAMILIES = tuple(
+    module.FAMILY for module in (bert, roberta, xlm_roberta, distilbert, ernie, llama, mistral, qwen2, qwen3)
+)
 
-__all__ = ["Family", "Use", "find", "recognise"]
+__all__ = ["Family", "Use", "find", "known", "recognise"]
+
+
+def known() -> tuple[Family, ...]:
+    """All families."""
+    return _FAMILIES
 
 
 def find(name: str, where: str | None = None) -> Family:

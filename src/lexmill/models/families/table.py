@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lexmill.errors import UserError
@@ -45,6 +45,23 @@ def key(ours: str, theirs: str, kind: type, default: int | float | Derived) -> S
 
     def write(hf: Json, value: Any) -> None:
         hf[theirs] = value
+
+    return Setting(ours, read, write)
+
+
+def shifted(ours: str, theirs: str, default: int, by: Derived) -> Setting:
+    """A number that they store larger by `by`; `default` is ours."""
+
+    def read(hf: Mapping[str, Any]) -> int:
+        value = hf.get(theirs)
+        if value is None:
+            return default
+        if type(value) is not int:
+            raise UserError(f"must be int, is {value!r}", where=theirs)
+        return value - by(hf)
+
+    def write(hf: Json, value: Any) -> None:
+        hf[theirs] = value + by(hf)
 
     return Setting(ours, read, write)
 
@@ -164,6 +181,19 @@ class Family:
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     spare: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def variant(
+        self, *, fixed: Mapping[str, Any] | None = None, settings: tuple[Setting, ...] = (), **changes: Any
+    ) -> Family:
+        """A family like this one: a field that is given, fixed or not, stands in place of the one of that name."""
+        fixed = fixed or {}
+        own = {*fixed, *(setting.ours for setting in settings)}
+        return replace(
+            self,
+            fixed={**{name: value for name, value in self.fixed.items() if name not in own}, **fixed},
+            settings=(*(setting for setting in self.settings if setting.ours not in own), *settings),
+            **changes,
+        )
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Our config from theirs. A setting that we cannot represent is a `UserError` that names its key."""

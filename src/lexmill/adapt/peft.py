@@ -1,0 +1,105 @@
+"""Adapters as files in the format of the library `peft`: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lexmill.adapt.methods import ADAPTER, linears
+from lexmill.errors import UserError
+from lexmill.models import Model, families, head_tensors, module_names, trunk_prefix
+from lexmill.nn.lora import LoraLinear, LowRank
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "base_model.model."
+_TASKS = {"classifier": "SEQ_CLS", "lm": "CAUSAL_LM"}
+
+
+def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) -> None:
+    """Write the low-rank matrices called `name`, and the heads, into an existing directory.
+
+    `peft` loads it onto the model `base`, heads included where they have the form of the family's Hugging Face class.
+    """
+    placed, prefix = module_names(model), trunk_prefix(model)
+    tensors: dict[str, Tensor] = {}
+    targets: list[str] = []
+    adapters: list[LowRank] = []
+    for parent, leaf, layer in linears(model.trunk):
+        if not isinstance(layer, LoraLinear) or name not in layer.adapters:
+            continue
+        ours = next(path for path, module in model.trunk.named_modules() if module is parent)
+        adapter = layer.adapter(name)
+        adapters.append(adapter)
+        targets.append(prefix + placed[f"{ours}.{leaf}"])
+        tensors[f"{_ROOT}{targets[-1]}.lora_A.weight"] = adapter.a
+        tensors[f"{_ROOT}{targets[-1]}.lora_B.weight"] = adapter.b
+    kind, heads = head_tensors(model)
+    tensors |= {f"{_ROOT}{theirs}": tensor for theirs, tensor in heads.items()}
+    rank, scale = len(adapters[0].a), adapters[0].scale
+    config = {
+        "peft_type": "LORA",
+        "task_type": _TASKS.get(kind or ""),
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": adapters[0].dropout.p,
+        "target_modules": targets,
+        "modules_to_save": sorted({theirs.rpartition(".")[0] for theirs in heads}) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    stored = {theirs: tensor.detach().cpu().contiguous() for theirs, tensor in tensors.items()}
+    save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(model: Model, directory: Path, name: str = ADAPTER) -> None:
+    """Add the low-rank matrices that `peft` or `save_adapter` wrote, and make them the active ones.
+
+    Raises:
+        UserError: files that are missing, broken, of another method, or for another model.
+    """
+    config, tensors = _read(directory)
+    where = str(directory / WEIGHTS)
+    theirs = {their: ours for ours, their in module_names(model).items()}
+    prefix = families.find(model.family).prefix
+    scale = float(config["lora_alpha"]) / int(config["r"]) ** (0.5 if config.get("use_rslora") else 1.0)
+    found = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    for key in sorted(found):
+        ours = theirs.get(key.removeprefix(_ROOT).removeprefix(prefix))
+        if ours is None:
+            raise UserError(f"the model has no layer '{key.removeprefix(_ROOT)}'", where=where)
+        path, _, leaf = ours.rpartition(".")
+        parent = model.trunk.get_submodule(path)
+        layer: Any = getattr(parent, leaf)
+        if not isinstance(layer, LoraLinear):
+            layer = LoraLinear.around(layer)
+            setattr(parent, leaf, layer)
+        a, b = tensors[f"{key}.lora_A.weight"], tensors.get(f"{key}.lora_B.weight")
+        if b is None or a.shape[1:] != (layer.in_features,) or b.shape != (layer.out_features, len(a)):
+            raise UserError(f"the matrices of '{key.removeprefix(_ROOT)}' do not fit the model", where=where)
+        adapter = layer.add(name, len(a), scale, float(config.get("lora_dropout", 0.0)))
+        with torch.no_grad():
+            adapter.a.copy_(a)
+            adapter.b.copy_(b)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((directory / CONFIG).read_text("utf-8"))
+        tensors = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"no readable adapter: {error}", where=str(directory), hint="give peft's directory") from error
+    for key in ("fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise UserError(f"{config[key]!r} cannot be represented", where=f"{directory / CONFIG}: {key}")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise UserError("only LoRA without trained biases can be loaded", where=str(directory / CONFIG))
+    return config, tensors

@@ -1,0 +1,99 @@
+"""Low-rank adapters beside a matrix that stays as it is (Hu et al. 2022, LoRA)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lexmill.nn.dropout import Dropout
+from lexmill.nn.linear import Linear, register
+from lexmill.nn.matmul import linear
+
+
+class LowRank(nn.Module):
+    """`x ↦ scale · drop(x) Aᵀ Bᵀ`. B starts at 0, so that a new adapter changes nothing.
+
+    Args:
+        rank: columns of B and rows of A.
+        scale: alpha / rank in the paper's terms.
+        dropout: of the input, in training.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def onto(self, y: Float[Tensor, "*rows out"], x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        """`y` and what the adapter adds to it for the input `x`."""
+        inner = linear(self.dropout(x), self.a, None)
+        if y.dim() != 2 or y.dtype != inner.dtype:
+            return y + self.scale * linear(inner, self.b, None)
+        return torch.addmm(y, inner, self.b.t(), alpha=self.scale)
+
+    def delta(self) -> Float[Tensor, "out in"]:
+        """What it adds to the matrix."""
+        return self.scale * (self.b @ self.a)
+
+
+def has_bias(layer: nn.Linear) -> bool:
+    """Whether a linear layer adds one."""
+    return "bias" in dict(layer.named_parameters(recurse=False))
+
+
+class LoraLinear(Linear):
+    """A dense layer with low-rank adapters by name, of which one or none is active."""
+
+    kind: ClassVar[str] = "lora"
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+
+    @classmethod
+    def around(cls, dense: Linear) -> LoraLinear:
+        """A layer that shares the parameters of `dense`."""
+        with torch.device("meta"):
+            layer = cls(dense.in_features, dense.out_features, bias=has_bias(dense))
+        layer.role, layer.training = dense.role, dense.training
+        layer.weight, layer.bias = dense.weight, dense.bias
+        return layer
+
+    def add(self, name: str, rank: int, scale: float, dropout: float = 0.0) -> LowRank:
+        """Add an adapter, on the device and in the precision of the matrix, and make it the active one."""
+        adapter = LowRank(self.in_features, self.out_features, rank, scale, dropout)
+        self.adapters[name] = adapter.to(self.weight.device, self.weight.dtype).train(self.training)
+        self.active = name
+        return adapter
+
+    def merged(self) -> Linear:
+        """A dense layer that computes the same with the active adapter inside its matrix. Its weight is new."""
+        with torch.device("meta"):
+            dense = Linear(self.in_features, self.out_features, bias=has_bias(self), role=self.role)
+        dense.training, dense.bias = self.training, self.bias
+        weight = self.weight.detach().clone()
+        if self.active is not None:
+            weight += self.adapter(self.active).delta().detach()
+        dense.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        return dense
+
+    def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        y = super().forward(input)
+        return y if self.active is None else self.adapter(self.active).onto(y, input)
+
+    def adapter(self, name: str) -> LowRank:
+        """The adapter of this name."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LowRank)
+        return adapter
+
+
+register(LoraLinear.kind, LoraLinear)

@@ -1,0 +1,122 @@
+"""The harness that every family passes: parity with `transformers` on small models, and the way there and back."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.models.oracle import DECODERS, ENCODERS, Texts, gap, reference, stored
+
+from lexmill.errors import UserError
+from lexmill.models import families, load, save
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
+ALL = ENCODERS | DECODERS
+
+
+def texts_for(theirs) -> tuple[Texts, dict[str, torch.Tensor], torch.Tensor | None]:
+    """Texts without the padding id, what `transformers` is told of segment types, and what we are."""
+    texts = Texts(types=getattr(theirs.config, "type_vocab_size", 1))
+    pad = theirs.config.pad_token_id or 0
+    texts.ids[texts.ids == pad] = pad + 1
+    texts.dense_ids = torch.where(texts.mask, texts.ids[texts.layout.padded.rows], pad)
+    typed = "token_type_ids" in inspect.signature(theirs.forward).parameters and hasattr(
+        theirs.config, "type_vocab_size"
+    )
+    return texts, {"token_type_ids": texts.dense_types} if typed else {}, texts.types if typed else None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hidden_states_equal_those_of_transformers(name, tmp_path):
+    torch.manual_seed(1)
+    theirs = reference(ALL[name][0], **ALL[name][1])
+    ours = load(stored(theirs, tmp_path))
+    texts, told, types = texts_for(theirs)
+    with torch.no_grad():
+        expected = texts.rows(theirs(texts.dense_ids, texts.mask, **told).last_hidden_state)
+        assert gap(ours.hidden(*texts.packed, types=types), expected) <= 1e-5
+        dense_types = None if types is None else texts.dense_types
+        assert gap(texts.rows(ours.hidden(*texts.dense, types=dense_types)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_language_model_logits_equal_those_of_transformers(name, tmp_path):
+    torch.manual_seed(2)
+    theirs = reference(DECODERS[name][0], "ForCausalLM", **DECODERS[name][1])
+    ours = load(stored(theirs, tmp_path))
+    assert ours.add_language_head("lm").tied == theirs.config.tie_word_embeddings
+    texts = Texts()
+    with torch.no_grad():
+        expected = texts.rows(theirs(texts.dense_ids, texts.mask).logits)
+        assert gap(ours.eval()(*texts.packed)["lm"], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_stored_classifier_gives_the_logits_of_transformers_and_goes_back(name, tmp_path):
+    torch.manual_seed(3)
+    theirs = reference(ALL[name][0], "ForSequenceClassification", num_labels=5, **ALL[name][1])
+    ours = load(stored(theirs, tmp_path / "in"))
+    ours.add_stored_classifier("topic")
+    texts, told, types = texts_for(theirs)
+    with torch.no_grad():
+        expected = theirs(texts.dense_ids, texts.mask, **told).logits
+        assert gap(ours.eval()(*texts.packed, types=types)["topic"], expected) <= 1e-5
+    (tmp_path / "out").mkdir()
+    save(ours, tmp_path / "out")
+    again, report = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(texts.dense_ids, texts.mask, **told).logits, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_round_trip_keeps_every_name_type_bit_and_config_key(name, dtype, tmp_path):
+    kind, changes = ALL[name]
+    source = stored(reference(kind, "ForSequenceClassification", **changes).to(dtype), tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    save(load(source), tmp_path / "out")
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    before, after = (json.loads((tmp_path / side / "config.json").read_text()) for side in ("in", "out"))
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_config_written_without_a_source_reads_back_the_same(name, tmp_path):
+    kind, changes = ALL[name]
+    model = load(stored(reference(kind, **changes), tmp_path))
+    family = families.find(model.family)
+    assert family.read_config(family.write_config(model.config, {})) == model.config
+
+
+def test_tables_name_every_tensor_of_their_trunk_once():
+    for family in families.known():
+        names = family.names(3)
+        assert len(set(names.values())) == len(names), family.name
+
+
+def test_an_unknown_architecture_is_an_error_that_lists_the_families():
+    with pytest.raises(UserError) as error:
+        families.recognise({"model_type": "mamba"}, "config.json")
+    assert all(family.name in str(error.value.hint) for family in families.known())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "where"),
+    [
+        ("roberta", {"max_position_embeddings": "many"}, "max_position_embeddings"),
+        ("mistral", {"sliding_window": 1.5}, "sliding_window"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("distilbert", {"activation": "mish"}, "activation"),
+    ],
+)
+def test_what_cannot_be_represented_is_an_error_at_its_key(name, changes, where):
+    with pytest.raises(UserError) as error:
+        families.find(name).read_config(changes)
+    assert error.value.where == where

@@ -190,3 +190,13 @@ def test_an_adapter_of_another_model_or_none_at_all_is_refused(base, tmp_path):
         load_adapter(other, tmp_path)
     with pytest.raises(UserError, match="no readable adapter"):
         load_adapter(model, base)
+
+
+def test_a_family_whose_files_peft_cannot_adapt_says_so_and_writes_nothing(tmp_path):
+    model = load(stored(reference("GPT2"), tmp_path / "base"))
+    model.add_classifier("topic", 3)
+    adapt(model, AdaptConfig("lora"))
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match="cannot say"):
+        save_adapter(model, tmp_path / "adapter", "base")
+    assert not list((tmp_path / "adapter").iterdir())

@@ -163,7 +163,7 @@ MODEL: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "broken config": (cut_config, ("config.json", "not JSON")),
     "unknown architecture": (
         lambda path: edit(path / "config.json", lambda c: c.update(model_type="bart")),
-        ("config.json", "unknown model family 'bart'", "bert, llama"),
+        ("config.json", "unknown model family 'bart'", "bert, roberta, xlm-roberta"),
     ),
     "setting that cannot be": (
         lambda path: edit(path / "config.json", lambda c: c.update(hidden_act="relu6")),

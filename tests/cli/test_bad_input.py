@@ -181,7 +181,7 @@ SETTINGS = [
     Bad(
         "one of a few words",
         "train.jsonl --set train.schedule=square",
-        ("'train.schedule' is 'square'", "'linear', 'cosine' or 'constant'"),
+        ("'train.schedule' is 'square'", "'linear', 'cosine', 'exponential', 'constant' or 'wsd'"),
     ),
     Bad("text for a number", "train.jsonl --epochs three", ("Invalid value for '--epochs'", "a valid integer")),
     Bad(

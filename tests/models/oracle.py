@@ -46,6 +46,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {}),
+    "gpt2_narrow_relu": ("GPT2", {"n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 1e-3}),
     "llama": ("Llama", {"num_key_value_heads": 2}),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 4}),
     "mistral_without_window": ("Mistral", {"num_key_value_heads": 1, "sliding_window": None, "head_dim": 16}),

@@ -36,7 +36,7 @@ def test_hidden_states_equal_those_of_transformers(name, tmp_path):
     ours = load(stored(theirs, tmp_path))
     texts, told, types = texts_for(theirs)
     with torch.no_grad():
-        expected = texts.rows(theirs(texts.dense_ids, texts.mask, **told).last_hidden_state)
+        expected = texts.rows(theirs(texts.dense_ids, attention_mask=texts.mask, **told).last_hidden_state)
         assert gap(ours.hidden(*texts.packed, types=types), expected) <= 1e-5
         dense_types = None if types is None else texts.dense_types
         assert gap(texts.rows(ours.hidden(*texts.dense, types=dense_types)), expected) <= 1e-5
@@ -50,7 +50,7 @@ def test_language_model_logits_equal_those_of_transformers(name, tmp_path):
     assert ours.add_language_head("lm").tied == theirs.config.tie_word_embeddings
     texts = Texts()
     with torch.no_grad():
-        expected = texts.rows(theirs(texts.dense_ids, texts.mask).logits)
+        expected = texts.rows(theirs(texts.dense_ids, attention_mask=texts.mask).logits)
         assert gap(ours.eval()(*texts.packed)["lm"], expected) <= 1e-5
 
 
@@ -62,7 +62,7 @@ def test_a_stored_classifier_gives_the_logits_of_transformers_and_goes_back(name
     ours.add_stored_classifier("topic")
     texts, told, types = texts_for(theirs)
     with torch.no_grad():
-        expected = theirs(texts.dense_ids, texts.mask, **told).logits
+        expected = theirs(texts.dense_ids, attention_mask=texts.mask, **told).logits
         assert gap(ours.eval()(*texts.packed, types=types)["topic"], expected) <= 1e-5
     (tmp_path / "out").mkdir()
     save(ours, tmp_path / "out")
@@ -70,7 +70,7 @@ def test_a_stored_classifier_gives_the_logits_of_transformers_and_goes_back(name
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     with torch.no_grad():
-        assert torch.equal(again.eval()(texts.dense_ids, texts.mask, **told).logits, expected)
+        assert torch.equal(again.eval()(texts.dense_ids, attention_mask=texts.mask, **told).logits, expected)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -97,8 +97,8 @@ def test_a_config_written_without_a_source_reads_back_the_same(name, tmp_path):
 
 def test_tables_name_every_tensor_of_their_trunk_once():
     for family in families.known():
-        names = family.names(3)
-        assert len(set(names.values())) == len(names), family.name
+        places = family.stored(3).values()
+        assert len({(place.name, place.part) for place in places}) == len(places), family.name
 
 
 def test_an_unknown_architecture_is_an_error_that_lists_the_families():

@@ -25,6 +25,9 @@ def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) 
     """Write the low-rank matrices called `name`, and the heads, into an existing directory.
 
     `peft` loads it onto the model `base`, heads included where they have the form of the family's Hugging Face class.
+
+    Raises:
+        UserError: files of this family keep an adapted matrix in a form that `peft` has no adapter for.
     """
     placed, prefix = module_names(model), trunk_prefix(model)
     tensors: dict[str, Tensor] = {}
@@ -34,6 +37,8 @@ def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) 
         if not isinstance(layer, LoraLinear) or name not in layer.adapters:
             continue
         ours = next(path for path, module in model.trunk.named_modules() if module is parent)
+        if f"{ours}.{leaf}" not in placed:
+            raise UserError(f"peft's format cannot say what was added to '{leaf}' of this family", where=str(directory))
         adapter = layer.adapter(name)
         adapters.append(adapter)
         targets.append(prefix + placed[f"{ours}.{leaf}"])

@@ -29,7 +29,7 @@ from lexmill.config import to_dict
 from lexmill.data.tokenizer import check_vocabulary
 from lexmill.engine import TorchEngine
 from lexmill.engine.loaded import Loaded
-from lexmill.errors import Failure, MissingExtra
+from lexmill.errors import Failure, MissingExtra, UserError
 from lexmill.evaluate import Evaluation, evaluate, probes
 from lexmill.fit.config import FitConfig
 from lexmill.fit.model import Start, start
@@ -195,7 +195,11 @@ class _Run:
         effect = {"trained_weights": float(adapted.trained), "weights": float(adapted.total)}
         if self.prepared.config.adapt.method == "lora":
             folder = self.writer.path(f"adapters/{ADAPTER}/adapter_config.json").parent
-            save_adapter(self.model, folder, str(self.prepared.model_directory))
+            try:
+                save_adapter(self.model, folder, str(self.prepared.model_directory))
+            except UserError as error:
+                folder.rmdir()
+                self.watch.note(f"the adapter is in the model, and not kept beside it: {error.message}")
         adapted.merge()
         return effect | {"trunk_moved": moved}
 

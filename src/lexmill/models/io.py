@@ -91,9 +91,12 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     old = model.origin.prefix
     moved = {name: _moved(name, family, old, prefix) for name in model.extras}
     tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
-    names = family.names(model.config.num_layers)
-    for ours, tensor in model.trunk.state_dict().items():
-        tensors[prefix + model.origin.names.get(ours, names[ours])] = tensor
+    placed = family.stored(model.config.num_layers)
+    parts: dict[str, list[Tensor]] = {}
+    for ours, tensor in sorted(model.trunk.state_dict().items(), key=lambda item: placed[item[0]].part):
+        theirs = prefix + model.origin.names.get(ours, placed[ours].name)
+        parts.setdefault(theirs, []).append(tensor)
+        tensors[theirs] = placed[ours].join(parts[theirs])
     for name, head in model.heads.items():
         for ours, theirs in _head_names(model, name).items():
             tied = isinstance(head, LMHead) and head.tied and ours == "output.weight"
@@ -106,9 +109,9 @@ def module_names(model: Model) -> dict[str, str]:
     """The layers of the trunk that have a weight, and what the family's files call them below its prefix."""
     family = families.find(model.family)
     found: dict[str, str] = {}
-    for ours, theirs in family.names(model.config.num_layers).items():
-        if ours.endswith(".weight"):
-            stored = model.origin.names.get(ours, theirs)
+    for ours, place in family.stored(model.config.num_layers).items():
+        if ours.endswith(".weight") and place.plain:
+            stored = model.origin.names.get(ours, place.name)
             found[ours.removesuffix(".weight")] = stored.removesuffix(".weight")
     return found
 
@@ -219,8 +222,8 @@ def _trunk_tensors(
     files: _Files, family: Family, trunk: Transformer, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], Origin]:
     """The trunk's state, and under which names it stood."""
-    names = family.names(trunk.config.num_layers)
-    wanted = {ours: (names[ours], tensor.shape) for ours, tensor in trunk.state_dict().items()}
+    placed = family.stored(trunk.config.num_layers)
+    wanted = {ours: (placed[ours].name, tensor.shape) for ours, tensor in trunk.state_dict().items()}
     found = {family.canonical(name): name for name in files.names}
     prefix = max(("", family.prefix), key=lambda start: sum(start + theirs in found for theirs, _ in wanted.values()))
     missing = [prefix + theirs for theirs, _ in wanted.values() if prefix + theirs not in found]
@@ -237,7 +240,8 @@ def _trunk_tensors(
     origin = Origin(prefix=prefix)
     for ours, (theirs, shape) in wanted.items():
         stored = found[prefix + theirs]
-        state[ours] = files.read(stored, shape, dtype)
+        place = placed[ours]
+        state[ours] = place.take(files.read(stored, place.shape(shape), dtype))
         if stored != prefix + theirs:
             origin.names[ours] = stored.removeprefix(prefix)
     return state, origin

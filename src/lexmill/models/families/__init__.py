@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexmill.errors import UserError
-from lexmill.models.families import bert, distilbert, ernie, llama, mistral, qwen2, qwen3, roberta, xlm_roberta
-from lexmill.models.families.table import Family, Use
+from lexmill.models.families import bert, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3, roberta, xlm_roberta
+from lexmill.models.families.table import Family, Stored, Use
 
 _FAMILIES = tuple(
-    module.FAMILY for module in (bert, roberta, xlm_roberta, distilbert, ernie, llama, mistral, qwen2, qwen3)
+    module.FAMILY for module in (bert, roberta, xlm_roberta, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3)
 )
 
-__all__ = ["Family", "Use", "find", "known", "recognise"]
+__all__ = ["Family", "Stored", "Use", "find", "known", "recognise"]
 
 
 def known() -> tuple[Family, ...]:

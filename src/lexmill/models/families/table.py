@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from lexmill.errors import UserError
 from lexmill.models.config import ModelConfig
@@ -151,6 +154,44 @@ def _read_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a file keeps one of our tensors, where that is not simply under another name.
+
+    Args:
+        name: of the tensor in the file; `{i}` stands for the layer.
+        part, parts: ours is this one of so many equal parts along the first axis, after transposing.
+        transposed: the file has the matrix as `[in, out]`.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return self.parts == 1 and not self.transposed
+
+    def shape(self, ours: Sequence[int]) -> list[int]:
+        """The shape in the file, given ours."""
+        whole = [ours[0] * self.parts, *ours[1:]]
+        return whole[::-1] if self._turned(len(whole)) else whole
+
+    def take(self, stored: Tensor) -> Tensor:
+        """Our tensor out of the one in the file."""
+        whole = stored.t() if self._turned(stored.dim()) else stored
+        return whole.chunk(self.parts)[self.part].contiguous()
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor in the file out of ours, in order of `part`."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return whole.t() if self._turned(whole.dim()) else whole
+
+    def _turned(self, dim: int) -> bool:
+        return self.transposed and dim == 2
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of models as data.
 
@@ -161,7 +202,7 @@ class Family:
         fixed: fields of `ModelConfig` that are the same for all its members.
         settings: the other fields.
         requires: keys that must have one of these values, or be absent.
-        weights: our tensor names (below `trunk.`) and theirs; `{i}` stands for the layer.
+        weights: our tensor names (below `trunk.`) and theirs, or how theirs holds ours; `{i}` stands for the layer.
         namespaces: what names of trunk tensors start with, to tell a strange trunk tensor from an unused head.
         spare: patterns of tensors in these namespaces that the trunk does not use.
         aliases: other endings of names that old files have, and what they mean.
@@ -174,7 +215,7 @@ class Family:
     prefix: str
     fixed: Mapping[str, Any]
     settings: tuple[Setting, ...]
-    weights: tuple[tuple[str, str], ...]
+    weights: tuple[tuple[str, str | Stored], ...]
     namespaces: tuple[str, ...]
     classifier: ClassifierShape
     heads: Mapping[Use, Mapping[str, str]]
@@ -215,13 +256,14 @@ class Family:
                 setting.write(hf, value)
         return hf
 
-    def names(self, num_layers: int) -> dict[str, str]:
-        """Our trunk tensor names and theirs, without prefix."""
-        return {
-            ours.replace("{i}", str(i)): theirs.replace("{i}", str(i))
-            for ours, theirs in self.weights
-            for i in (range(num_layers) if "{i}" in ours else (0,))
-        }
+    def stored(self, num_layers: int) -> dict[str, Stored]:
+        """Our trunk tensor names and where files keep them, without prefix."""
+        found: dict[str, Stored] = {}
+        for ours, theirs in self.weights:
+            place = theirs if isinstance(theirs, Stored) else Stored(theirs)
+            for i in range(num_layers) if "{i}" in ours else (0,):
+                found[ours.replace("{i}", str(i))] = replace(place, name=place.name.replace("{i}", str(i)))
+        return found
 
     def canonical(self, name: str) -> str:
         """The present name of a tensor that an old file may name otherwise."""

@@ -37,6 +37,7 @@ def fit(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
+    columns: Mapping[str, str] | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -56,7 +57,7 @@ def fit(
         config: a recipe in TOML.
         model: a Hugging Face directory, an artefact, or `minilm`.
         test: rows to evaluate on at the end; `validation`: rows to pick the best epoch by.
-        text, text_pair, label: columns; guessed otherwise.
+        text, text_pair, label: columns; guessed otherwise. `columns` names those of other roles, e.g. `question`.
         set: any other key of the config, e.g. `{"train.warmup": 0.1}`.
         resume: go on with an interrupted run.
         watch: who follows the run; nobody by default.
@@ -70,7 +71,8 @@ def fit(
 
     flags: dict[str, Any] = {
         "data.train": train, "data.test": test, "data.validation": validation, "data.text": text,
-        "data.text_pair": text_pair, "data.label": label, "data.encoding": encoding,
+        "data.text_pair": text_pair, "data.label": label,
+        "data.columns": dict(columns) if columns else None, "data.encoding": encoding,
         "data.skip_bad": True if skip_bad else None, "task": task, "model": model, "train.epochs": epochs,
         "train.batch_size": batch_size, "train.learning_rate": learning_rate, "train.seed": seed,
         "options.max_length": max_length,

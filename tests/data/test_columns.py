@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lexmill.data.columns import Columns, guess
+from lexmill.data.columns import Columns, Role, guess
 from lexmill.data.sources import Row
 from lexmill.errors import UserError
 
@@ -77,3 +77,25 @@ def test_an_unknown_given_column_names_the_nearest_one() -> None:
 def test_data_without_text_is_an_error_that_lists_the_columns() -> None:
     with pytest.raises(UserError, match="the columns are: n, label"):
         found({"n": 1, "label": "b"})
+
+
+QUESTIONS = (Role("question", ("question", "frage")), Role("context", ("passage",)), Role("answers", input=False))
+
+
+def test_a_task_may_want_other_columns() -> None:
+    rows = [Row(1, {"Frage": "Wer?", "passage": "Ada.", "gold": "Ada"})]
+    columns = guess(["Frage", "passage", "gold"], rows, {"answers": "gold"}, QUESTIONS)
+    assert dict(columns) == {"question": "Frage", "context": "passage", "answers": "gold"}
+    assert columns.texts == ("Frage", "passage")
+    assert columns.labels == ()
+
+
+def test_a_wanted_column_that_no_name_fits_is_an_error_with_the_flag_to_give() -> None:
+    with pytest.raises(UserError, match="no column looks like 'answers'") as caught:
+        guess(["question", "passage"], [], None, QUESTIONS)
+    assert caught.value.hint == "name it with --column answers=NAME; the columns are: question, passage"
+
+
+def test_a_column_for_nothing_is_an_error() -> None:
+    with pytest.raises(UserError, match="has no column 'label'"):
+        guess(["question", "passage", "gold"], [], {"label": "gold"}, QUESTIONS)

@@ -14,13 +14,16 @@ def fit(
     train: Annotated[Path | None, typer.Argument(help="Labelled rows: CSV, TSV, JSONL (.gz, .xz), Parquet.")] = None,
     out: Annotated[Path | None, typer.Option(help="The artefact to write; must not exist.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in TOML.")] = None,
-    task: Annotated[str | None, typer.Option(help="classify or generate.")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, generate, …; docs/tasks.md has all.")] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face directory, artefact, or minilm.")] = None,
     test: Annotated[Path | None, typer.Option(help="Rows to evaluate on at the end.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Rows to pick the best epoch by.")] = None,
     text: Annotated[str | None, typer.Option(help="The text column; guessed otherwise.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="The second text's column, for pairs.")] = None,
     label: Annotated[str | None, typer.Option(help="The label column; guessed otherwise.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=COLUMN", help="Any other column; may be repeated.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per optimiser step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
@@ -43,9 +46,9 @@ def fit(
         raise UserError("where should the artefact go?", where="command line", hint="give --out runs/NAME")
     result = api.fit(
         train, out=out, config=config, task=task, model=model, test=test, validation=validation, text=text,
-        text_pair=text_pair, label=label, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-        max_length=max_length, seed=seed, encoding=encoding, skip_bad=skip_bad, set=set_ or [], resume=resume,
-        watch=output.watch(quiet=quiet or json),
+        text_pair=text_pair, label=label, columns=output.columns(column), epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, max_length=max_length, seed=seed, encoding=encoding, skip_bad=skip_bad,
+        set=set_ or [], resume=resume, watch=output.watch(quiet=quiet or json),
     )  # fmt: skip
     output.show(result.to_dict() if json else result.lines(), json=json)
 

@@ -40,3 +40,16 @@ def counter(what: str, *, quiet: bool) -> Generator[Callable[[int], None] | None
 
     with Console(stderr=True).status(what) as status:
         yield lambda done: status.update(f"{what}: {done:,} rows")
+
+
+def columns(given: Sequence[str] | None) -> dict[str, str]:
+    """`ROLE=COLUMN` as the flag `--column` takes it, by role."""
+    from lexmill.errors import UserError
+
+    found: dict[str, str] = {}
+    for one in given or ():
+        role, sign, column = one.partition("=")
+        if not (role and sign and column):
+            raise UserError(f"'{one}' is not ROLE=COLUMN", where="--column", hint="for example --column question=ask")
+        found[role] = column
+    return found

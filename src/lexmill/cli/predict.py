@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from lexmill.artifact.write import is_disk_full
 from lexmill.data import open_source, read_lines
+from lexmill.data.columns import flag
 from lexmill.data.sources import Row
 from lexmill.engine import TorchEngine
 from lexmill.errors import Failure, UserError
@@ -98,31 +99,33 @@ def _answers(
 ) -> Iterator[list[str]]:
     """The lines to write, group by group."""
     trained: Mapping[str, str] = engine.task.state()["columns"]
-    texts = [column for role, column in trained.items() if role in ("text", "text_pair")]
+    inputs = {role.name: trained[role.name] for role in engine.task.roles if role.input and role.name in trained}
+    for role in columns:
+        if role not in inputs and columns[role] is not None:
+            hint = f"this model reads: {', '.join(inputs)}"
+            raise UserError(f"the model reads no '{role}'", where="command line", hint=hint)
     for rows in groups:
-        records = [_renamed(row, trained, columns, where) for row in rows]
+        records = [_renamed(row, inputs, columns, where) for row in rows]
         lines: list[str] = []
         for row, (record, answer) in zip(rows, engine.run_stream(records, chunk=len(records)), strict=True):
             if isinstance(answer, UserError):
                 raise UserError(answer.message, where=where(row.line), hint=answer.hint) from answer
             if isinstance(answer, Exception):
                 raise answer
-            shown = {name: record[name] for name in texts}
+            shown = {name: record[name] for name in inputs.values()}
             lines.append(json.dumps({**shown, **engine.task.render(answer)}, ensure_ascii=False) + "\n")
         yield lines
 
 
 def _renamed(
-    row: Row, trained: Mapping[str, str], columns: Mapping[str, str | None], where: Callable[[int], str]
+    row: Row, inputs: Mapping[str, str], columns: Mapping[str, str | None], where: Callable[[int], str]
 ) -> dict[str, Any]:
     """The record under the column names that the task was trained with."""
     record = dict(row.values)
-    for role, name in trained.items():
-        if role not in ("text", "text_pair"):
-            continue
+    for role, name in inputs.items():
         given = columns.get(role) or (name if name in record else role)
         if given not in record:
-            hint = f"it has: {', '.join(record)}; name one with --{role.replace('_', '-')}"
+            hint = f"it has: {', '.join(record)}; name one with {flag(role)}"
             raise UserError(f"no column '{columns.get(role) or name}'", where=where(row.line), hint=hint)
         record[name] = record[given]
     return record

@@ -34,13 +34,17 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Write here in place of standard output; must not exist.")] = None,
     text: Annotated[str | None, typer.Option(help="The text column; the one of training otherwise.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="The second text's column, for pairs.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=COLUMN", help="Any other column; may be repeated.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
 ) -> None:
     """Answer rows as a stream, one JSON object a line."""
     from lexmill.cli.predict import predict
 
-    predict(artifact, data, out, {"text": text, "text_pair": text_pair}, encoding=encoding, skip_bad=skip_bad)
+    columns = {"text": text, "text_pair": text_pair, **output.columns(column)}
+    predict(artifact, data, out, columns, encoding=encoding, skip_bad=skip_bad)
 
 
 def serve(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
@@ -152,6 +152,13 @@ def check(
     return DataReport(parts["train"], parts.get("test"), parts.get("validation"), columns, tuple(findings))
 
 
+def _plain(value: Any) -> str:
+    """The text of a cell; a list is one of words."""
+    if isinstance(value, list):
+        return " ".join(map(str, cast("list[Any]", value)))
+    return "" if value is None else str(value)
+
+
 def labels_in(value: Any, *, multi: bool) -> list[str]:
     """The labels of one cell: a list, `a|b` where several are expected, or one value; none where it is empty."""
     if value is None or value == "":
@@ -213,7 +220,7 @@ class _Scan:
 
     def _texts(self, row: Row) -> tuple[str, ...]:
         values = (row.values.get(column) for column in self.columns.texts)
-        return tuple("" if value is None else str(value) for value in values)
+        return tuple(_plain(value) for value in values)
 
     def where(self, row: Row) -> str:
         return self.source.where(row.line)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 
 from lexmill.adapt.config import AdaptConfig
+from lexmill.errors import UserError
 from lexmill.train.config import TrainConfig
 
 
@@ -20,6 +21,7 @@ class DataConfig:
         train, validation, test: files of labelled rows; CSV, TSV, JSONL (also .gz, .xz), Parquet.
         validation_fraction: share of the training rows held out for validation, where no file is given.
         text, text_pair, label: columns; guessed from names and values where not given.
+        columns: by role, where a task has other ones, e.g. `question`.
         encoding: of text files.
         delimiter: of CSV files; by the file's suffix where not given.
         skip_bad: pass over broken rows and count them, in place of stopping at the first.
@@ -32,9 +34,19 @@ class DataConfig:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    columns: dict[str, str] = field(default_factory=dict[str, str])
     encoding: str = "utf-8"
     delimiter: str | None = None
     skip_bad: bool = False
+
+    def named(self) -> dict[str, str]:
+        """The columns that were given, by role. One given twice is a `UserError`."""
+        plain = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        given = {role: column for role, column in plain.items() if column is not None}
+        for role in given:
+            if role in self.columns:
+                raise UserError("is given twice", where=f"data.columns.{role}", hint=f"data.{role} says it too")
+        return given | self.columns
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     sources = _open(config.data)
     config.train.check_stopping(validating=sources.validation is not None or config.data.validation_fraction > 0)
     wants = task_type.wants(options)
-    label = wants.label_columns or config.data.label
-    given = {"text": config.data.text, "text_pair": config.data.text_pair, "label": label}
-    columns = find_columns(sources.train, given)
+    given: dict[str, str | tuple[str, ...]] = {**config.data.named()}
+    if wants.label_columns:
+        given["label"] = wants.label_columns
+    columns = find_columns(sources.train, given, task_type.roles)
     if wants.labels == "none":
         columns = columns.unlabelled()
     columns = replace(columns, multi_label=columns.multi_label or wants.multi_label)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lexmill.data.batch import Batch, Example
+from lexmill.data.columns import TEXT_AND_LABEL, Role
 from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.tasks.inputs import Arrange, packed
@@ -62,6 +63,8 @@ class Wants:
 class Task(ABC):
     """One thing a model can be asked, e.g. `classify`. Final subclasses are frozen: state is set at construction."""
 
+    roles: ClassVar[tuple[Role, ...]] = TEXT_AND_LABEL
+    """The columns of its data. A row to be answered has those that are inputs."""
     name: ClassVar[str]
     """The verb of the route `POST /v1/{name}`, the value of `--task`, and the manifest's `task.name`."""
     Request: ClassVar[type[BaseModel]]
@@ -88,7 +91,7 @@ class Task(ABC):
         """Learn what the task needs (its labels) from training records, read once in a stream.
 
         Args:
-            columns: role (`text`, `text_pair`, `label`) to column name.
+            columns: role (of `roles`) to column name.
             options: an instance of `Options`.
 
         Raises:

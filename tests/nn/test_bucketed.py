@@ -44,7 +44,7 @@ def test_values_and_gradients_are_those_of_one_group_a_length(rule, bucket_cost,
     torch.testing.assert_close(grouped, slow, rtol=0, atol=1e-12)
 
 
-def _one_by_one(q, k, v, queries, keys, rule):
+def _one_by_one(q, k, v, queries, keys, rule, bias=None):
     outs = []
     for s in range(keys.num_sequences):
         qs, ks, vs = (
@@ -53,9 +53,28 @@ def _one_by_one(q, k, v, queries, keys, rule):
         )
         start = ks.shape[1] - qs.shape[1] if rule.align == "end" else 0
         seen = rule.visible(torch.arange(start, start + qs.shape[1]), torch.arange(ks.shape[1]))
-        scores = (qs @ ks.transpose(1, 2) / 2).masked_fill(~seen, -torch.inf)
+        scores = qs @ ks.transpose(1, 2) / 2
+        if bias is not None:
+            scores = scores + bias[:, start : start + qs.shape[1], : ks.shape[1]]
+        scores = scores.masked_fill(~seen, -torch.inf)
         outs.append((scores.softmax(-1) @ vs).transpose(0, 1))
     return torch.cat(outs)
+
+
+@pytest.mark.parametrize("bucket_cost", COSTS)
+def test_a_bias_by_position_and_its_gradient_are_those_of_the_slow_way(bucket_cost, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(bucketed, "_BUCKET_COST", bucket_cost)
+    layout = Packed.of([4, 1, 7, 4, 2])
+    q, k, v, bias = random(18, 3, 4), random(18, 3, 4), random(18, 3, 4), random(3, 9, 9)
+    fast = attend(q, k, v, layout, layout, causal=True, bias=bias)
+    slow = _one_by_one(q, k, v, layout, layout, Rule(causal=True), bias)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    weight = torch.randn_like(slow)
+    fast_grads = torch.autograd.grad((fast * weight).sum(), (q, k, v, bias))
+    slow_grads = torch.autograd.grad((slow * weight).sum(), (q, k, v, bias))
+    for a, b in zip(fast_grads, slow_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES[:3])
@@ -87,7 +106,10 @@ def test_training_takes_it_and_what_it_cannot_do_goes_elsewhere(monkeypatch):
     attend(q, q, q, layout, layout)
     assert len(taken) == 1
     attend(q.detach(), q.detach(), q.detach(), layout, layout)
-    attend(q, q, q, layout, layout, bias=torch.zeros(2, 4, 4, dtype=torch.float64))
+    bias = torch.zeros(2, 4, 4, dtype=torch.float64)
+    attend(q, q, q, layout, layout, bias=bias)
+    assert len(taken) == 2
+    attend(q, q, q, layout, Packed.of([3, 4]), bias=bias)
     q = random(long.num_tokens, 2, 4)
     attend(q, q, q, long, long)
-    assert len(taken) == 1
+    assert len(taken) == 2

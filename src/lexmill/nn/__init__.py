@@ -9,6 +9,7 @@ from lexmill.nn.linear import Linear
 from lexmill.nn.mlp import MLP
 from lexmill.nn.norm import LayerNorm, RMSNorm
 from lexmill.nn.pooling import pool
+from lexmill.nn.relative import RelativeBias
 from lexmill.nn.rotary import RopeScaling, Rotary
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Linear",
     "Packed",
     "RMSNorm",
+    "RelativeBias",
     "RopeScaling",
     "Rotary",
     "attend",

@@ -62,18 +62,19 @@ def attend(
     if q.is_cuda:
         return _attend_padded(q, k, v, q_layout, k_layout, rule, bias, dropout)
     if _trains_short(q, k, q_layout, k_layout, bias):
-        return _attend_bucketed(q, k, v, q_layout, k_layout, rule, dropout)
+        return _attend_bucketed(q, k, v, q_layout, k_layout, rule, bias, dropout)
     return _attend_grouped(q, k, v, q_layout, k_layout, rule, bias, dropout)
 
 
 def _trains_short(q: Tensor, k: Tensor, q_layout: Packed, k_layout: Packed, bias: Tensor | None) -> bool:
     """Whether these are short sequences whose gradients are wanted."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad) and not torch.compiler.is_compiling()
-    return wanted and bias is None and max(q_layout.max_length, k_layout.max_length) <= bucketed.MAX_LENGTH
+    placed = bias is None or q_layout is k_layout
+    return wanted and placed and max(q_layout.max_length, k_layout.max_length) <= bucketed.MAX_LENGTH
 
 
 def _attend_bucketed(
-    q: Tensor, k: Tensor, v: Tensor, q_layout: Packed, k_layout: Packed, rule: Rule, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Packed, k_layout: Packed, rule: Rule, bias: Tensor | None, dropout: float
 ) -> Tensor:
     if k.shape[1] != q.shape[1]:
         shared = q.shape[1] // k.shape[1]
@@ -81,7 +82,7 @@ def _attend_bucketed(
     plan = q_layout.plan_for(
         k_layout, (q.shape[1], rule), lambda: bucketed.Plan.of(q_layout, k_layout, q.shape[1], rule)
     )
-    return bucketed.bucketed_attention(q, k, v, plan, dropout)
+    return bucketed.bucketed_attention(q, k, v, plan, dropout, bias)
 
 
 def _has_varlen_kernel(q: Tensor, rule: Rule, bias: Tensor | None, dropout: float) -> bool:
@@ -252,6 +253,7 @@ class Attention(nn.Module):
         memory_dim: the width of the states that are asked; `dim` where None.
         bias: whether queries, keys and values have one; `output_bias` likewise, the same where None.
         qk_norm: the kind and epsilon of a norm over each head's queries and keys (Henry et al. 2020); None for none.
+        scaled: whether scores are divided by the square root of `head_dim`.
         causal, window: see `rule.Rule`.
         dropout: share of attention weights set to zero in training.
     """
@@ -267,6 +269,7 @@ class Attention(nn.Module):
         bias: bool = True,
         output_bias: bool | None = None,
         qk_norm: tuple[NormKind, float] | None = None,
+        scaled: bool = True,
         causal: bool = False,
         window: int | None = None,
         dropout: float = 0.0,
@@ -274,6 +277,7 @@ class Attention(nn.Module):
         super().__init__()
         kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim
+        self.scaled = scaled
         self.causal = causal
         self.window = window
         self.dropout = dropout
@@ -296,20 +300,24 @@ class Attention(nn.Module):
         bias: Float[Tensor, "head q_pos k_pos"] | None = None,
         align: Align = "end",
         cache: LayerCache | None = None,
+        known: tuple[Float[Tensor, "*k_rows kv_head dim"], Float[Tensor, "*k_rows kv_head dim"]] | None = None,
         collect: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "*q_rows dim"]:
         """Attend from `hidden` to `memory`, or to `hidden` itself.
 
         Args:
+            known: the memory's keys and values, where they were computed before (`keys_values`).
             rope: rotations of the queries, and of the keys unless `memory_rope` is given.
             cache: where the keys and values of earlier tokens are, and these are added.
             collect: is given `query`, `key` and `value` by name, after rotation, `[*rows, head, dim]`.
         """
         source = hidden if memory is None else memory
         k_layout = layout if memory_layout is None else memory_layout
-        q, k, v = self._heads(self.query(hidden)), self._heads(self.key(source)), self._heads(self.value(source))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, (k, v) = self._heads(self.query(hidden)), known or self.keys_values(source)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        if not self.scaled:
+            q = q * math.sqrt(self.head_dim)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, memory_rope or rope)
         if collect is not None:
@@ -321,6 +329,13 @@ class Attention(nn.Module):
             q, k, v, layout, k_layout, causal=self.causal, window=self.window, bias=bias, dropout=dropout, align=align
         )
         return self.output(out.flatten(-2))
+
+    def keys_values(
+        self, memory: Float[Tensor, "*rows memory_dim"]
+    ) -> tuple[Float[Tensor, "*rows kv_head dim"], Float[Tensor, "*rows kv_head dim"]]:
+        """What states are asked by and what they answer, before rotation."""
+        k, v = self._heads(self.key(memory)), self._heads(self.value(memory))
+        return (k if self.key_norm is None else self.key_norm(k)), v
 
     def _heads(self, x: Float[Tensor, "*rows wide"]) -> Float[Tensor, "*rows head dim"]:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -163,18 +163,22 @@ def bucketed_attention(
     v: Float[Tensor, "k_tok head dim"],
     plan: Plan,
     dropout: float = 0.0,
+    bias: Float[Tensor, "head q_pos k_pos"] | None = None,
 ) -> Float[Tensor, "q_tok head dim"]:
     """Scaled dot-product attention by `plan`, on a CPU, differentiable once.
+
+    `bias` is added to the scores by position, where every sequence has its queries at the positions of its keys.
 
     Scores stand as `[seq_head, k, q]`: torch's softmax over the last dimension goes number by number where that is
     shorter than a vector register, while over another it takes neighbouring queries side by side.
     """
-    return _Bucketed.apply(q, k, v, plan, dropout)  # pyright: ignore[reportReturnType]
+    return _Bucketed.apply(q, k, v, bias, plan, dropout)  # pyright: ignore[reportReturnType]
 
 
 class _Bucketed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, dropout: float) -> Tensor:
+        by_position = None if bias is None else bias.transpose(1, 2).contiguous()
         with torch.autocast("cpu", enabled=False):
             q, k, v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
             out = torch.empty_like(q)
@@ -183,11 +187,15 @@ class _Bucketed(torch.autograd.Function):
             sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out), strict=True)
             for bucket, keep, (qs, ks, vs, outs) in zip(plan.buckets, kept or plan.nothing, sides, strict=True):
                 scores = _scaled(ks, qs.transpose(1, 2), dim=qs.shape[-1])
+                by_sequence = scores.view(bucket.sequences, plan.heads, *scores.shape[1:])
                 if bucket.bias is not None:
-                    scores.view(bucket.sequences, plan.heads, *scores.shape[1:]).add_(bucket.bias)
+                    by_sequence.add_(bucket.bias)
+                if by_position is not None:
+                    by_sequence.add_(by_position[:, : bucket.k_len, : bucket.q_len])
                 weights.append(scores.softmax(1))
                 torch.bmm((weights[-1] if keep is None else weights[-1] * keep).transpose(1, 2), vs, out=outs)
         ctx.plan = plan
+        ctx.like_bias = by_position if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(q, k, v, *weights, *kept)
         return plan.queries.scatter(out, plan.heads)
 
@@ -202,16 +210,20 @@ class _Bucketed(torch.autograd.Function):
         # With nothing flowing into a query at padding, nothing flows out of it; keys at padding have weight 0.
         grad = plan.queries.gather(grad).index_fill_(0, plan.queries.padding, 0)
         to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        to_bias = None if ctx.like_bias is None else torch.zeros_like(ctx.like_bias)
         sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(grad), strict=True)
         results = zip(plan.by_query(to_q), plan.by_key(to_k), plan.by_key(to_v), strict=True)
-        for w, keep, (qs, ks, vs, grads), (to_qs, to_ks, to_vs) in zip(
-            weights, kept or plan.nothing, sides, results, strict=True
+        for bucket, w, keep, (qs, ks, vs, grads), (to_qs, to_ks, to_vs) in zip(
+            plan.buckets, weights, kept or plan.nothing, sides, results, strict=True
         ):
             torch.bmm(w if keep is None else w * keep, grads, out=to_vs)
             to_w = torch.bmm(vs, grads.transpose(1, 2))
             if keep is not None:
                 to_w.mul_(keep)
             to_scores = torch.ops.aten._softmax_backward_data(to_w, w, 1, w.dtype)
+            if to_bias is not None:
+                by_sequence = to_scores.view(bucket.sequences, plan.heads, *to_scores.shape[1:])
+                to_bias[:, : bucket.k_len, : bucket.q_len] += by_sequence.sum(0)
             _scaled(to_scores.transpose(1, 2), ks, out=to_qs, dim=qs.shape[-1])
             _scaled(to_scores, qs, out=to_ks, dim=qs.shape[-1])
         heads = plan.heads
@@ -220,7 +232,7 @@ class _Bucketed(torch.autograd.Function):
             plan.keys.scatter(to_k, heads),
             plan.keys.scatter(to_v, heads),
         )
-        return to_q, to_k, to_v, None, None
+        return to_q, to_k, to_v, None if to_bias is None else to_bias.transpose(1, 2), None, None
 
 
 def _scaled(a: Tensor, b: Tensor, *, dim: int, out: Tensor | None = None) -> Tensor:

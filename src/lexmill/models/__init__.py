@@ -1,11 +1,13 @@
-"""One backbone, its heads and families; loading, saving and decoding."""
+"""One transformer, one recurrent trunk, their heads and families; loading, saving and decoding."""
 
 from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride, ModelConfig
 from lexmill.models.generate import Generated, greedy
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead, register_head
-from lexmill.models.io import head_tensors, init, load, module_names, save, trunk_prefix, weights_digest
+from lexmill.models.io import head_tensors, init, init_like, load, module_names, save, trunk_prefix, weights_digest
 from lexmill.models.model import Model
+from lexmill.models.recurrent import Recurrent, RecurrentConfig
+from lexmill.models.trunk import Structure, Trunk
 
 __all__ = [
     "ClassifierHead",
@@ -16,10 +18,15 @@ __all__ = [
     "LayerOverride",
     "Model",
     "ModelConfig",
+    "Recurrent",
+    "RecurrentConfig",
+    "Structure",
     "Transformer",
+    "Trunk",
     "greedy",
     "head_tensors",
     "init",
+    "init_like",
     "load",
     "module_names",
     "register_head",

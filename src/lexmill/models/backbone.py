@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lexmill.models.config import LayerShape, ModelConfig
+from lexmill.models.trunk import Only, TokenEmbeddings, Trunk
 from lexmill.nn.attention import Attention
-from lexmill.nn.cache import KVCache, LayerCache
+from lexmill.nn.cache import Cache, KVCache, LayerCache
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.embedding import Embedding
 from lexmill.nn.layout import Layout, Packed
@@ -20,10 +21,8 @@ from lexmill.nn.norm import norm
 from lexmill.nn.pooling import select
 from lexmill.nn.rotary import Rope, Rotary
 
-Only = Literal["all", "first", "last"]
 
-
-class Embeddings(nn.Module):
+class Embeddings(TokenEmbeddings):
     """Token embeddings, with positions and segment types added where the model has them.
 
     The token table's gradients are row-sparse (`token.sparse`) until an output head shares it.
@@ -134,17 +133,16 @@ class Block(nn.Module):
         return select(hidden, layout, only), mixed if packed else mixed.squeeze(1)
 
 
-class Transformer(nn.Module):
+class Transformer(Trunk):
     """Embeddings, blocks, and a final norm where the model has one."""
 
-    positions_computed: int
-    """Rows that have gone through the blocks so far, padding included."""
+    Config: ClassVar[type] = ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.positions_computed = 0
-        self.embeddings = Embeddings(config)
+        self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.layers = nn.ModuleList(Block(config, config.layer(i)) for i in range(config.num_layers))
         self.norm = norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else nn.Identity()
         rotary = config.positions == "rotary"
@@ -157,22 +155,15 @@ class Transformer(nn.Module):
         layout: Layout,
         *,
         types: Int[Tensor, "*rows"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         only: Only = "all",
         collect: list[dict[str, Tensor]] | None = None,
         inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
-        """Hidden states of all tokens, `[*rows, dim]`, or of one token a sequence, `[seq, dim]`.
-
-        Args:
-            ids: `[tok]` with a packed layout, `[seq, len]` with a dense one; `positions` and `types` likewise.
-            types: segment types; all 0 where None.
-            cache: keys and values of earlier tokens of the same sequences; needs a packed layout.
-            only: with `first` or `last` the last layer computes queries, output and feed-forward for that token alone.
-            collect: is given one dictionary for the embeddings and each layer: `hidden`, and of layers `query`, `key`,
-                `value` too.
-            inputs_embeds: stands in for the token embeddings of `ids`.
-        """
+        """See `Trunk.forward`. With `only`, the last layer computes queries, output and feed-forward for one token a
+        sequence; layers tell `collect` of `query`, `key` and `value` too."""
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError("a transformer needs a cache of keys and values")
         if cache is not None or collect is not None or not isinstance(layout, Packed) or layout.grouped is None:
             return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds)
         # Sequences of equal length become neighbours here, once, so that no layer has to gather them.
@@ -222,15 +213,14 @@ class Transformer(nn.Module):
         reached = layout if cache is None else cache.key_layout
         return reached.max_length if isinstance(reached, Packed) else reached.mask.shape[1]
 
-    def matmul_shapes(self) -> list[tuple[int, int]]:
-        """(in, out) of every matrix that each token is multiplied by."""
-        return [(m.in_features, m.out_features) for m in self.layers.modules() if isinstance(m, nn.Linear)]
-
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty cache for this many sequences, in the precision and on the device of the weights."""
         weight = self.embeddings.token.weight
         shapes = [(self.config.layer(i).num_kv_heads, self.config.head_dim) for i in range(self.config.num_layers)]
         return KVCache(shapes, num_sequences, capacity, weight.dtype, weight.device)
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        initialise(self, self.config.initializer_range, generator)
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:

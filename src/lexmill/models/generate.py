@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lexmill.errors import UserError
 from lexmill.models.model import Model
-from lexmill.nn.cache import KVCache
+from lexmill.nn.cache import Cache
 from lexmill.nn.layout import Packed
 
 
@@ -64,7 +64,7 @@ def greedy(
     return results
 
 
-def _next(model: Model, head: str, step: Sequence[Sequence[int]], cache: KVCache) -> tuple[list[int], list[float]]:
+def _next(model: Model, head: str, step: Sequence[Sequence[int]], cache: Cache) -> tuple[list[int], list[float]]:
     """The likeliest next token of each sequence after these new ones, and its log-probability."""
     device = model.device
     layout = Packed.of([len(ids) for ids in step], device)

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lexmill.errors import UserError
-from lexmill.models.backbone import Transformer
 from lexmill.models.config import strict
+from lexmill.models.trunk import Trunk
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.linear import Linear
 from lexmill.nn.pooling import Pooling
@@ -58,7 +58,7 @@ class Head(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, trunk: Transformer, described: Mapping[str, Any], where: str) -> Head:
+    def build(cls, trunk: Trunk, described: Mapping[str, Any], where: str) -> Head:
         """The inverse of `describe`, weights aside. A wrong key is a `UserError` at `where`."""
 
 
@@ -72,7 +72,7 @@ def register_head(head: type[H]) -> type[H]:
     return head
 
 
-def build_head(trunk: Transformer, described: Mapping[str, Any], where: str) -> Head:
+def build_head(trunk: Trunk, described: Mapping[str, Any], where: str) -> Head:
     """A head of the `kind` that stands in `described`. An unknown one is a `UserError`."""
     shape = dict(described)
     kind = shape.pop("kind", None)
@@ -107,7 +107,7 @@ class ClassifierHead(Head):
         return asdict(self.shape)
 
     @classmethod
-    def build(cls, trunk: Transformer, described: Mapping[str, Any], where: str) -> ClassifierHead:
+    def build(cls, trunk: Trunk, described: Mapping[str, Any], where: str) -> ClassifierHead:
         return cls(trunk.config.hidden_size, strict(ClassifierShape, described, where))
 
 
@@ -142,6 +142,6 @@ class LMHead(Head):
         return {"bias": self.has_bias}
 
     @classmethod
-    def build(cls, trunk: Transformer, described: Mapping[str, Any], where: str) -> LMHead:
+    def build(cls, trunk: Trunk, described: Mapping[str, Any], where: str) -> LMHead:
         tied = trunk.embeddings.token if trunk.config.tied_output else None
         return cls(trunk.config.hidden_size, trunk.config.vocab_size, tied=tied, bias=bool(described.get("bias")))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lexmill.errors import UserError
 from lexmill.models import families
-from lexmill.models.backbone import Transformer, initialise
-from lexmill.models.config import ModelConfig, read_overrides
+from lexmill.models.config import read_overrides
 from lexmill.models.families import Family
 from lexmill.models.heads import ClassifierHead, Head, LMHead, build_head
 from lexmill.models.model import Model, Origin
+from lexmill.models.trunk import Structure, Trunk
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -29,11 +29,29 @@ OWN_KEY = "lexmill"
 """The key of config.json under which the structure stands that Hugging Face has no key for."""
 
 
-def init(config: ModelConfig, family: str, seed: int) -> Model:
+def init(config: Structure, family: str, seed: int) -> Model:
     """A model with new weights, which depend on `config` and `seed` alone."""
-    trunk = Transformer(config)
-    initialise(trunk, config.initializer_range, torch.Generator().manual_seed(seed))
-    return Model(trunk, families.find(family).name)
+    found = families.find(family)
+    trunk = found.trunk(config)
+    trunk.initialise(torch.Generator().manual_seed(seed))
+    return Model(trunk, found.name)
+
+
+def init_like(directory: Path | str, seed: int, *, vocab_size: int) -> Model:
+    """A model with new weights, of the structure that a directory's `config.json` describes.
+
+    Args:
+        vocab_size: token embeddings, where the config does not say how many.
+
+    Raises:
+        UserError: there is no such file, or it says what cannot be represented.
+    """
+    path = Path(directory) / CONFIG
+    hf = {"vocab_size": vocab_size, **_read_json(path)}
+    family, config = _read_config(hf, str(path))
+    model = init(config, family.name, seed)
+    model.origin.config = hf
+    return model.eval()
 
 
 def load(directory: Path | str, *, dtype: torch.dtype | None = None) -> Model:
@@ -51,16 +69,11 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     """
     directory = Path(directory)
     hf, where = _read_json(directory / CONFIG), str(directory / CONFIG)
-    own: Mapping[str, Any] = hf.pop(OWN_KEY, {})
-    family = families.recognise(hf, where)
-    try:
-        config = family.read_config(hf)
-        config = replace(config, layers=read_overrides(own.get("layers", ()), f"{OWN_KEY}.layers"))
-    except UserError as error:
-        raise UserError(error.message, where=f"{where}: {error.where}", hint=error.hint) from error
+    own: Mapping[str, Any] = hf.get(OWN_KEY, {})
+    family, config = _read_config(hf, where)
     files = _Files(directory)
     with torch.device("meta"):
-        trunk = Transformer(config)
+        trunk = family.trunk(config)
     state, origin = _trunk_tensors(files, family, trunk, dtype)
     trunk.load_state_dict(state, strict=True, assign=True)
     origin.config = hf
@@ -218,8 +231,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", data)
 
 
+def _read_config(hf: dict[str, Any], where: str) -> tuple[Family, Structure]:
+    """The family and structure that a config describes; our own key is taken out of it."""
+    own: Mapping[str, Any] = hf.pop(OWN_KEY, {})
+    family = families.recognise(hf, where)
+    try:
+        return family, family.read_config(hf, read_overrides(own.get("layers", ()), f"{OWN_KEY}.layers"))
+    except UserError as error:
+        raise UserError(error.message, where=f"{where}: {error.where}", hint=error.hint) from error
+
+
 def _trunk_tensors(
-    files: _Files, family: Family, trunk: Transformer, dtype: torch.dtype | None
+    files: _Files, family: Family, trunk: Trunk, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], Origin]:
     """The trunk's state, and under which names it stood."""
     placed = family.stored(trunk.config.num_layers)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lexmill.errors import UserError
 from lexmill.models import families
-from lexmill.models.backbone import Only, Transformer, initialise
-from lexmill.models.config import ModelConfig
+from lexmill.models.backbone import initialise
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
+from lexmill.models.trunk import Only, Structure, Trunk
 from lexmill.nn.attention import Attention
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.layout import Layout
@@ -46,7 +46,7 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        trunk: Transformer,
+        trunk: Trunk,
         family: str,
         *,
         extras: dict[str, Tensor] | None = None,
@@ -60,7 +60,7 @@ class Model(nn.Module):
         self.origin = origin or Origin()
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> Structure:
         return self.trunk.config
 
     @property
@@ -100,9 +100,8 @@ class Model(nn.Module):
         work, reached = 0, any(p.requires_grad for p in self.trunk.embeddings.parameters())
         for layer in self.trunk.layers:
             reached = reached or any(p.requires_grad for p in layer.parameters())
-            for m in layer.modules():
-                if isinstance(m, nn.Linear):
-                    work += m.weight.numel() * (2 + 2 * reached + 2 * m.weight.requires_grad)
+            for weight in self.trunk.matrices(layer):
+                work += weight.numel() * (2 + 2 * reached + 2 * weight.requires_grad)
         return work
 
     def hidden(
@@ -114,7 +113,7 @@ class Model(nn.Module):
         types: Int[Tensor, "*rows"] | None = None,
         only: Only = "all",
     ) -> Float[Tensor, "*some_rows dim"]:
-        """The trunk's last hidden state; see `Transformer.forward`."""
+        """The trunk's last hidden state; see `Trunk.forward`."""
         return self.trunk(ids, positions, layout, types=types, only=only)
 
     def pooled(

@@ -1,7 +1,8 @@
-"""Keys and values of tokens already seen, for decoding one token at a time."""
+"""What is kept of tokens already seen, for decoding one token at a time: keys and values, or a recurrent state."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lexmill.nn.layout import Dense, Layout, Packed
+
+
+class Cache(ABC):
+    """What a trunk knows of a fixed set of sequences; `lengths` are the tokens of each so far."""
+
+    lengths: Int[Tensor, "seq"]
+
+    @abstractmethod
+    def keep(self, sequences: Int[Tensor, "kept"]) -> None:
+        """Go on with these sequences only."""
 
 
 class LayerCache:
@@ -32,7 +43,7 @@ class LayerCache:
         return self.keys[:, :width], self.values[:, :width], owner.key_layout
 
 
-class KVCache:
+class KVCache(Cache):
     """The caches of all layers, for a fixed set of sequences. Grows by doubling. For inference only.
 
     A forward pass calls `begin`, each layer `extend`s its own part, then `commit` makes the new tokens old ones.
@@ -56,7 +67,7 @@ class KVCache:
 
         self.capacity = capacity
         self.device = device or torch.device("cpu")
-        self.lengths: Int[Tensor, "seq"] = torch.zeros(num_sequences, dtype=torch.int64)
+        self.lengths = torch.zeros(num_sequences, dtype=torch.int64)
         self.layers = [LayerCache(self, empty(*shape), empty(*shape)) for shape in shapes]
         self.key_layout: Layout = Packed.of(self.lengths, self.device)
         self.rows: Int[Tensor, "tok"] = torch.zeros(0, dtype=torch.int64)
@@ -99,3 +110,33 @@ class KVCache:
             layer.keys = torch.cat([layer.keys, extra], 1)
             layer.values = torch.cat([layer.values, extra], 1)
         self.capacity = grown
+
+
+class RecurrentCache(Cache):
+    """The last states of each recurrent layer, `[1, seq, dim]`: one of a GRU, two of an LSTM; none before the first
+    token."""
+
+    def __init__(self, num_layers: int, num_sequences: int) -> None:
+        self.lengths = torch.zeros(num_sequences, dtype=torch.int64)
+        self._states: list[tuple[Tensor, ...] | None] = [None] * num_layers
+
+    def states(self, layer: int, order: Int[Tensor, "seq"]) -> Tensor | tuple[Tensor, ...] | None:
+        """A layer's states with the sequences in this order, as torch's layer takes them."""
+        kept = self._states[layer]
+        if kept is None:
+            return None
+        ordered = tuple(state.index_select(1, order) for state in kept)
+        return ordered[0] if len(ordered) == 1 else ordered
+
+    def store(self, layer: int, order: Int[Tensor, "seq"], after: Tensor | tuple[Tensor, ...]) -> None:
+        """Keep a layer's new states, whose sequences are in this order."""
+        back = torch.argsort(order)
+        states = after if isinstance(after, tuple) else (after,)
+        self._states[layer] = tuple(state.index_select(1, back) for state in states)
+
+    def keep(self, sequences: Int[Tensor, "kept"]) -> None:
+        self.lengths = self.lengths[sequences]
+        self._states = [
+            None if kept is None else tuple(state.index_select(1, sequences.to(state.device)) for state in kept)
+            for kept in self._states
+        ]

@@ -9,11 +9,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexmill.errors import UserError
-from lexmill.models.families import bert, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3, roberta, xlm_roberta
+from lexmill.models.families import (
+    bert,
+    distilbert,
+    ernie,
+    gpt2,
+    gru,
+    llama,
+    lstm,
+    mistral,
+    qwen2,
+    qwen3,
+    roberta,
+    xlm_roberta,
+)
 from lexmill.models.families.table import Family, Stored, Use
 
 _FAMILIES = tuple(
-    module.FAMILY for module in (bert, roberta, xlm_roberta, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3)
+    module.FAMILY
+    for module in (bert, roberta, xlm_roberta, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3, lstm, gru)
 )
 
 __all__ = ["Family", "Stored", "Use", "find", "known", "recognise"]

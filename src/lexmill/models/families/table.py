@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lexmill.errors import UserError
-from lexmill.models.config import ModelConfig
+from lexmill.models.backbone import Transformer
+from lexmill.models.config import LayerOverride
 from lexmill.models.heads import ClassifierShape
+from lexmill.models.trunk import Structure, Trunk
 from lexmill.nn.rotary import RopeScaling
 
 Json = dict[str, Any]
@@ -199,7 +201,7 @@ class Family:
         name: Hugging Face's `model_type`.
         architectures: Hugging Face's class name for each use.
         prefix: of trunk tensors in a file that has a head too.
-        fixed: fields of `ModelConfig` that are the same for all its members.
+        fixed: fields of the trunk's config that are the same for all its members.
         settings: the other fields.
         requires: keys that must have one of these values, or be absent.
         weights: our tensor names (below `trunk.`) and theirs, or how theirs holds ours; `{i}` stands for the layer.
@@ -208,6 +210,7 @@ class Family:
         aliases: other endings of names that old files have, and what they mean.
         classifier: the classification head that its Hugging Face class has; `num_labels` is a placeholder.
         heads: our names of head tensors by use, and theirs; `{prefix}` stands for the prefix.
+        trunk: what its models are made of; `fixed` and `settings` are fields of this one's config.
     """
 
     name: str
@@ -222,6 +225,7 @@ class Family:
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     spare: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    trunk: type[Trunk] = Transformer
 
     def variant(
         self, *, fixed: Mapping[str, Any] | None = None, settings: tuple[Setting, ...] = (), **changes: Any
@@ -236,15 +240,17 @@ class Family:
             **changes,
         )
 
-    def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
-        """Our config from theirs. A setting that we cannot represent is a `UserError` that names its key."""
+    def read_config(self, hf: Mapping[str, Any], layers: tuple[LayerOverride, ...] = ()) -> Structure:
+        """Our config from theirs, with per-layer overrides, which they have no key for. A setting that we cannot
+        represent is a `UserError` that names its key."""
         for name, allowed in self.requires.items():
             if name in hf and hf[name] not in allowed:
                 right = " or ".join(repr(value) for value in allowed)
                 raise UserError(f"{hf[name]!r} cannot be represented", where=name, hint=f"can be: {right}")
-        return ModelConfig(**self.fixed, **{setting.ours: setting.read(hf) for setting in self.settings})
+        read = {setting.ours: setting.read(hf) for setting in self.settings}
+        return self.trunk.Config(**self.fixed, **read, layers=layers)
 
-    def write_config(self, config: ModelConfig, source: Mapping[str, Any]) -> Json:
+    def write_config(self, config: Structure, source: Mapping[str, Any]) -> Json:
         """Their config from ours: `source` with only those keys changed that no longer mean the same."""
         for name, value in self.fixed.items():
             if getattr(config, name) != value:

@@ -1,0 +1,99 @@
+"""What a model needs of its trunk, whatever that is made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lexmill.models.config import LayerOverride
+from lexmill.nn.cache import Cache
+from lexmill.nn.embedding import Embedding
+from lexmill.nn.layout import Layout
+
+Only = Literal["all", "first", "last"]
+
+
+@runtime_checkable
+class Structure(Protocol):
+    """What the config of every trunk says; `hidden_size` is the width of the states that heads are given."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def tied_output(self) -> bool: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def layers(self) -> tuple[LayerOverride, ...]: ...
+
+
+class TokenEmbeddings(nn.Module):
+    """The table of token embeddings, and what is added to its rows."""
+
+    token: Embedding
+
+
+class Trunk(nn.Module, ABC):
+    """Hidden states of tokens. A new kind is a subclass with a config of its own, which a family's table names."""
+
+    Config: ClassVar[type]
+    """A frozen dataclass that is a `Structure`."""
+    config: Structure
+    embeddings: TokenEmbeddings
+    layers: nn.ModuleList
+    positions_computed: int
+    """Rows that have gone through the layers so far, padding included."""
+
+    @abstractmethod
+    def forward(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        *,
+        types: Int[Tensor, "*rows"] | None = None,
+        cache: Cache | None = None,
+        only: Only = "all",
+        collect: list[dict[str, Tensor]] | None = None,
+        inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
+    ) -> Float[Tensor, "*some_rows dim"]:
+        """Hidden states of all tokens, `[*rows, dim]`, or of one token a sequence, `[seq, dim]`.
+
+        Args:
+            ids: `[tok]` with a packed layout, `[seq, len]` with a dense one; `positions` and `types` likewise.
+            types: segment types; all 0 where None.
+            cache: what is known of earlier tokens of the same sequences; needs a packed layout.
+            only: with `first` or `last` the last layer computes no more than that token needs.
+            collect: is given one dictionary for the embeddings and each layer: `hidden`, and what else a layer tells.
+            inputs_embeds: stands in for the token embeddings of `ids`.
+        """
+
+    @abstractmethod
+    def new_cache(self, num_sequences: int, capacity: int) -> Cache:
+        """An empty cache for this many sequences; `capacity` is the tokens of each that it should have room for."""
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew."""
+
+    def matrices(self, layer: nn.Module) -> list[Tensor]:
+        """The weights of a layer, `[out, in]`, that each of its tokens is multiplied by."""
+        return [part.weight for part in layer.modules() if isinstance(part, nn.Linear)]
+
+    def matmul_shapes(self) -> list[tuple[int, int]]:
+        """(in, out) of every matrix that each token is multiplied by."""
+        return [(weight.shape[1], weight.shape[0]) for layer in self.layers for weight in self.matrices(layer)]

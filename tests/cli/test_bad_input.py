@@ -123,6 +123,15 @@ DATA = [
         args="--text txt",
     ),
     one(
+        "a device of no kind",
+        "a.csv",
+        b"text,label\na,b\nb,c\n",
+        "'abacus' is no device",
+        "train.device",
+        "give auto, cpu, cuda or cuda:1",
+        args="--set train.device=abacus",
+    ),
+    one(
         "no text column",
         "a.csv",
         b"id,label\n1,2\n2,3\n",

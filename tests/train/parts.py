@@ -101,6 +101,9 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def classes(self) -> np.ndarray:
+        return np.array([int(one.labels["label"]) for one in self.examples])
+
     def batch(self, indices: np.ndarray) -> Batch:
         return batch_of(self.task, [self.examples[i] for i in indices])
 

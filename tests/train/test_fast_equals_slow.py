@@ -30,7 +30,7 @@ from lexmill.models import Model
 from lexmill.nn.pooling import pool
 from lexmill.tasks import Classify, Task
 from lexmill.tasks.inputs import Arrange, dense, packed
-from lexmill.train import accumulate
+from lexmill.train import Manner, accumulate
 
 FP64, FP32 = 1e-10, 1e-5
 Found = tuple[dict[str, float], dict[str, torch.Tensor]]
@@ -43,7 +43,8 @@ def encoded(task: Task, data: Sequence[dict[str, Any]]) -> list[Example]:
 def run(
     model: Model, task: Task, parts: Sequence[Sequence[Example]], arrange: Arrange = packed, seed: int = 0
 ) -> Found:
-    losses = accumulate(model, task, [batch_of(task, part) for part in parts], seed=seed, arrange=arrange)
+    batches = [batch_of(task, part) for part in parts]
+    losses, _ = accumulate(model, task, batches, seed=seed, manner=Manner(arrange=arrange))
     return losses, gradients(model)
 
 

@@ -184,6 +184,15 @@ class TokenCache:
             total += np.diff(stream.offsets[stream.sequences])
         return total
 
+    def classes(self) -> Int[np.ndarray, "example"]:
+        """The one label of each example as a number. A `UserError` where examples have other labels than that."""
+        if len(self.heads) == 1 and not self._token_labels:
+            ((name, blank),) = self.heads.items()
+            if blank.ndim == 0 and blank.dtype.kind == "i" and self._masks[name].all():
+                return np.asarray(self._values[name], np.int64)
+        hint = "leave train.balanced out, or train one head with one label for every text"
+        raise UserError("the examples do not have one class each", where="train.balanced", hint=hint)
+
     def __getitem__(self, index: int) -> Example:
         if not -self._size <= index < self._size:
             raise IndexError(f"example {index} of a cache of {self._size}")

@@ -101,3 +101,46 @@ class Order:
         batches = [examples[at : at + self.batch_size] for at in range(0, len(examples), self.batch_size)]
         turns = permute(np.arange(len(batches)), len(batches), self.seed, epoch, "batches", window)
         return [batches[turn] for turn in turns]
+
+
+class BalancedOrder:
+    """As `Order`, with every class drawn equally often: rare ones many times over, frequent ones in part.
+
+    Slots go round the classes in an order permuted each round; a class's examples come in permutations of their own,
+    each whole before the next begins.
+
+    Args:
+        classes: the class of each example, from 0.
+        batch_size, seed: see `Order`.
+    """
+
+    def __init__(self, classes: Int[np.ndarray, "example"], batch_size: int, seed: int) -> None:
+        if not len(classes) or batch_size < 1:
+            raise ValueError("there must be examples, and a batch_size of at least 1")
+        self.num_examples = len(classes)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = -(-self.num_examples // batch_size)
+        by_class = np.argsort(classes, kind="stable")
+        cuts = np.flatnonzero(np.diff(classes[by_class])) + 1
+        self._members = np.split(by_class, cuts)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._members)
+
+    def batch(self, step: int) -> Int[np.ndarray, "example"]:
+        """The examples of global optimiser step `step`, counted from 0 over all epochs."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = epoch * self.num_examples + index * self.batch_size
+        stop = min(start + self.batch_size, (epoch + 1) * self.num_examples)
+        return np.array([self._draw(slot) for slot in range(start, stop)], dtype=np.int64)
+
+    def _draw(self, slot: int) -> int:
+        turn, place = divmod(slot, self.num_classes)
+        chosen = int(permute(np.array([place]), self.num_classes, self.seed, "classes", turn)[0])
+        members = self._members[chosen]
+        again, at = divmod(turn, len(members))
+        return int(members[permute(np.array([at]), len(members), self.seed, "members", chosen, again)[0]])

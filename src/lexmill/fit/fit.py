@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from lexmill.fit.config import FitConfig
 from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, records, split, tokenized
 from lexmill.fit.record import record_inputs
-from lexmill.hardware import describe, keep_heap
+from lexmill.hardware import describe, device, keep_heap
 from lexmill.models import Model
 from lexmill.monitor import Fanout, JsonlSink, Sink, read_events
 from lexmill.train import Store, Trainer, TrainResult
@@ -117,10 +117,14 @@ def fit(
     out, watch, started = Path(out), watch or Watch(), time.perf_counter()
     refuse_existing(out, resume=resume)
     keep_heap()
+    where = device(config.train.device)
     prepared = prepare(config, origins)
     for line in (*prepared.columns.lines(), *prepared.report.lines()):
         watch.note(line)
     begun = start(prepared.model_directory, prepared.task, config.train, watch.note)
+    begun.model.to(where)
+    if where.type != "cpu":
+        watch.note(f"training on {where}: {describe()['cuda']}")
     check_vocabulary(prepared.tokenizer, begun.model.config.vocab_size, where=str(prepared.model_directory))
     with create(out, resume=resume) as writer:
         if writer.manifest is None:
@@ -148,15 +152,19 @@ class _Run:
     def loaded(self) -> Loaded:
         return Loaded(self.prepared.task, self.model, self.prepared.tokenizer, self.writer.out.name)
 
+    def _engine(self) -> TorchEngine:
+        return TorchEngine(self.loaded, device=str(self.model.device))
+
     def run(self) -> Manifest:
         adapted = adapt(self.model, self.prepared.config.adapt)
         if adapted.trained < adapted.total:
             share = f"{adapted.trained / adapted.total:.2%}"
             self.watch.note(f"training {adapted.trained:,} of {adapted.total:,} weights ({share})")
         training = self._train()
-        effect = {name: float(value) for name, value in asdict(training).items() if value is not None}
+        effect = training.effect()
         effect |= self._finish(adapted)
         test = self._test()
+        self.model.cpu()
         self._write_model()
         if test is not None:
             self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()), "utf-8")
@@ -178,7 +186,7 @@ class _Run:
             prepared.task,
             data,
             config.train,
-            validate=(lambda: evaluate(TorchEngine(self.loaded), rows()).metrics.values) if validating else None,
+            validate=(lambda: evaluate(self._engine(), rows()).metrics.values) if validating else None,
             store=store,
         )
         if trainer.resume():
@@ -208,7 +216,7 @@ class _Run:
         if test is None:
             return None
         self.watch.note("evaluating on the test rows")
-        return evaluate(TorchEngine(self.loaded), records(test))
+        return evaluate(self._engine(), records(test))
 
     def _write_model(self) -> None:
         labels = {name: names for name, names in self.prepared.task.labels().items() if names}

@@ -66,6 +66,9 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def classes(self) -> np.ndarray:
+        return self.data.classes()[self.indices]
+
     def batch(self, indices: np.ndarray) -> Batch:
         return self.data.batch(self.indices[indices])
 

@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from lexmill.errors import UserError
+
 
 def describe() -> dict[str, str | int]:
     """What results depend on: bit-identity is promised only where all of this is equal."""
@@ -29,3 +31,21 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_reserved()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device(name: str) -> torch.device:
+    """The device of this name; `auto` is the first GPU where torch can use one, else the CPU. A `UserError` where there
+    is none of that name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        hint = "give auto, cpu, cuda or cuda:1"
+        raise UserError(f"'{name}' is no device", where="train.device", hint=hint) from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise UserError(f"torch finds {there} GPUs here", where="train.device", hint="give auto or cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"'{name}' is not supported", where="train.device", hint="give auto, cpu, cuda or cuda:1")
+    return found

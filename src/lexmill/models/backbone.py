@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lexmill.models.config import LayerShape, ModelConfig
 from lexmill.models.trunk import Only, TokenEmbeddings, Trunk
@@ -137,6 +139,7 @@ class Transformer(Trunk):
     """Embeddings, blocks, and a final norm where the model has one."""
 
     Config: ClassVar[type] = ModelConfig
+    recomputes: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -198,10 +201,12 @@ class Transformer(Trunk):
         rope = None if self.rotary is None else self.rotary(positions, self._reach(layout, cache), x.dtype)
         if collect is not None:
             collect.append({"hidden": x})
+        again = self.recompute and self.training and torch.is_grad_enabled()
         for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
             seen: dict[str, Tensor] | None = None if collect is None else {}
             last = index == len(self.layers) - 1
-            x = block(x, layout, rope=rope, only=only if last else "all", cache=layer_cache, collect=seen)
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x = run(x, layout, rope=rope, only=only if last else "all", cache=layer_cache, collect=seen)
             if collect is not None and seen is not None:
                 collect.append(seen | {"hidden": x})
         if cache is not None:

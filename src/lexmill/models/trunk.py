@@ -57,6 +57,10 @@ class Trunk(nn.Module, ABC):
     layers: nn.ModuleList
     positions_computed: int
     """Rows that have gone through the layers so far, padding included."""
+    recomputes: ClassVar[bool] = False
+    """Whether it knows `recompute`."""
+    recompute: bool = False
+    """Whether a backward pass computes the activations inside a layer again, in place of having kept them."""
 
     @abstractmethod
     def forward(

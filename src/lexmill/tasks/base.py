@@ -136,6 +136,19 @@ class Task(ABC):
     def item_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
         """Per head, the unreduced loss of each item, in the order of `item_weights`."""
 
+    def divergence(self, outputs: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Per head and item, half the symmetric Kullback-Leibler divergence between two outputs of one batch, in nats.
+
+        This one is for heads that give each item a distribution over their last dimension. A `UserError` elsewhere.
+        """
+        found: dict[str, Tensor] = {}
+        for head, a in outputs.items():
+            if a.dim() != 2 or a.shape[-1] < 2:
+                raise UserError(f"the task '{self.name}' has no divergence", where="train.r_drop", hint="leave it out")
+            p, q = a.log_softmax(-1), other[head].log_softmax(-1)
+            found[head] = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
+        return found
+
     # --- answers ----------------------------------------------------------------------------------------------
     @abstractmethod
     def items(self, request: BaseModel) -> list[Record]:

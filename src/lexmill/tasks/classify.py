@@ -237,6 +237,15 @@ class Classify(Task):
                 )
         return losses
 
+    def divergence(self, outputs: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not self.options.multi_label:
+            return super().divergence(outputs, other)
+        # Of a Bernoulli variable a label; the mean over labels, as the loss.
+        return {
+            head: ((a.sigmoid() - other[head].sigmoid()) * (a - other[head])).mean(-1) / 2
+            for head, a in outputs.items()
+        }
+
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:
         assert isinstance(request, ClassifyRequest)

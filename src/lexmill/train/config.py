@@ -24,10 +24,24 @@ class TrainConfig:
             `constant`, or `wsd`: constant, then linear to 0 in the last share `decay`.
         warmup: share of the steps in which the learning rate rises from 0 to its peak.
         weight_decay: of matrices and embeddings; biases and norms are never decayed (Loshchilov and Hutter, 2019).
+        optimizer: `adamw`; `sgd`; `adafactor`, which keeps a row and a column of second moments a matrix; or `muon` for
+            the matrices of the trunk's layers, with AdamW for the rest.
         beta1, beta2, epsilon: of AdamW.
+        momentum: of `sgd` and `muon`.
         max_grad_norm: gradients are scaled down to this global L2 norm; 0 turns clipping off.
         dropout: of hidden states and attention weights, in place of the model's own.
-        precision: `fp32`, or `bf16` for the arithmetic with weights and optimiser state in fp32.
+        r_drop: weight of the divergence between two passes under different dropout (Liang et al. 2021); 0 for none.
+        adversarial: further passes on word vectors moved to where the loss is larger: `fgm` (Miyato et al. 2017), or
+            `freelb` (Zhu et al. 2020), which takes `adversarial_steps` of them.
+        adversarial_size: how far a sequence of vectors is moved, as a share of its length.
+        ema: share of the old average that each update of the averaged weights keeps (Polyak and Juditsky, 1992). They
+            are what is validated and kept. 0 for none.
+        balanced: draw every class equally often; an epoch is as long as before.
+        precision: `fp32`; `bf16` or `fp16` for the arithmetic with weights and optimiser state in fp32. `fp16` scales
+            the loss, and skips steps that overflow.
+        recompute: keep no activations inside layers, and compute them again in the backward pass: less memory, a third
+            more work (Chen et al. 2016).
+        device: `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU where there is one.
         token_budget: tokens computed at once; a larger batch is cut into micro-batches, which changes speed and
             memory, never the result.
         length_window: batches are cut from this many batches' worth of examples sorted by length; 1 is a fully random
@@ -45,12 +59,22 @@ class TrainConfig:
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.0
     decay: Annotated[float, Gt(0), Le(1)] = 0.2
     weight_decay: Annotated[float, Ge(0)] = 0.0
+    optimizer: Literal["adamw", "sgd", "adafactor", "muon"] = "adamw"
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     epsilon: Annotated[float, Gt(0)] = 1e-8
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    r_drop: Annotated[float, Ge(0)] = 0.0
+    adversarial: Literal["none", "fgm", "freelb"] = "none"
+    adversarial_size: Annotated[float, Gt(0)] = 0.05
+    adversarial_steps: Annotated[int, Ge(2)] = 3
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
+    balanced: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False
+    device: str = "auto"
     token_budget: Annotated[int, Ge(1)] = 4096
     length_window: Annotated[int, Ge(1)] = 1
     patience: Annotated[int, Ge(1)] | None = None

@@ -5,39 +5,45 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from lexmill.data.batch import Batch
-from lexmill.data.order import Order
+from lexmill.data.order import BalancedOrder, Order
 from lexmill.data.packing import micro_batches
-from lexmill.errors import Failure
+from lexmill.errors import Failure, UserError
 from lexmill.hardware import matmul_rate, peak_memory
 from lexmill.models import Model
 from lexmill.tasks.base import Task
+from lexmill.train.adversarial import FGM, FreeLB
+from lexmill.train.average import Average
 from lexmill.train.checkpoint import Store
 from lexmill.train.config import TrainConfig
 from lexmill.train.optimizer import Optimizer
+from lexmill.train.passes import Losses, Passes, RDrop, once, plain
+from lexmill.train.scaling import LossScale
 from lexmill.train.schedule import learning_rate
-from lexmill.train.step import StepResult, step_seed, train_step
+from lexmill.train.step import ARITHMETIC, Manner, StepResult, step_seed, train_step
 
 
 class Dataset(Protocol):
-    """Tokenized examples by index; `lengths` are tokens per example."""
+    """Tokenized examples by index; `lengths` are tokens per example, `classes` their one label as a number."""
 
     @property
     def lengths(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
+    def classes(self) -> np.ndarray: ...
     def batch(self, indices: np.ndarray) -> Batch: ...
 
 
 @dataclass
 class Progress:
-    """Where a run stands: all of its state that is not a tensor. `loss` is the last step's; seconds, examples, tokens
-    and positions are sums over the run, each step counted once however often it was interrupted."""
+    """Where a run stands: all of its state that is not a tensor. `loss` is the last step's; seconds, examples, tokens,
+    positions and what `acted` are sums over the run, each step counted once however often it was interrupted."""
 
     step: int = 0
     loss: float = math.nan
@@ -50,11 +56,24 @@ class Progress:
     stale_epochs: int = 0
     stopped: bool = False
     validations: list[dict[str, float]] = field(default_factory=list)
+    acted: dict[str, float] = field(default_factory=dict)
+    scaling: LossScale = field(default_factory=LossScale)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """The inverse of `asdict`."""
+        found = cls(**{name: value for name, value in state.items() if name != "scaling"})
+        found.scaling = LossScale(**state["scaling"])
+        return found
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did, for the artefact's history."""
+    """What a run did, for the artefact's history.
+
+    Args:
+        acted: what options that are not always on did: means over the steps, or totals.
+    """
 
     steps: int
     epochs: float
@@ -66,6 +85,12 @@ class TrainResult:
     ceiling_share: float
     positions_per_token: float
     peak_memory: int
+    acted: Mapping[str, float]
+
+    def effect(self) -> dict[str, float]:
+        """All of it as numbers by name."""
+        own = {name: value for name, value in asdict(self).items() if name != "acted" and value is not None}
+        return {name: float(value) for name, value in own.items()} | dict(self.acted)
 
 
 class Trainer:
@@ -87,13 +112,18 @@ class Trainer:
         store: Store | None = None,
     ) -> None:
         config.check_stopping(validating=validate is not None)
+        if config.recompute and not model.trunk.recomputes:
+            raise UserError("this model keeps its activations", where="train.recompute", hint="leave it out")
         self.model, self.task, self.data, self.config = model, task, data, config
         self.validate, self.store = validate, store
-        self.order = Order(len(data), config.batch_size, config.seed, lengths=data.lengths, window=config.length_window)
+        self.order = _order(data, config)
         self.total_steps = config.epochs * self.order.steps_per_epoch
         self.optimizer = Optimizer(model, config)
+        self.average = Average(model, config.ema) if config.ema else None
+        self.manner = Manner(config.precision, _passes(config), _losses(config))
         self.progress = Progress()
         self._best: dict[str, torch.Tensor] = {}
+        model.trunk.recompute = config.recompute
 
     # --- resuming ---------------------------------------------------------------------------------------------
     def resume(self) -> bool:
@@ -103,8 +133,10 @@ class Trainer:
             return False
         self.model.load_state_dict(saved.group("model"), strict=True)
         self.optimizer.load(saved.group("optimizer"))
+        if self.average is not None:
+            self.average.load(saved.group("average"))
         self._best = saved.group("best")
-        self.progress = Progress(**saved.state)
+        self.progress = Progress.of(saved.state)
         return True
 
     def _save(self) -> None:
@@ -113,6 +145,8 @@ class Trainer:
         self.optimizer.settle()
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": t for name, t in self.average.state().items()}
         tensors |= {f"best.{name}": t for name, t in self._best.items()}
         self.store.save(self.progress.step, tensors, asdict(self.progress))
 
@@ -132,14 +166,31 @@ class Trainer:
             self.progress.step += 1
             self._between_steps(emit)
         self.optimizer.close()
+        acted = self._acted()
         if self._best:
             self.model.load_state_dict(self._best, strict=True)
+        self.model.trunk.recompute = False
         self.model.eval()
-        return meter.result(self.order.steps_per_epoch)
+        return meter.result(self.order.steps_per_epoch, acted)
+
+    def _acted(self) -> dict[str, float]:
+        """What the run's options did. Leaves the model with the averaged weights, where they are kept."""
+        progress = self.progress
+        acted = {name: total / max(progress.step, 1) for name, total in progress.acted.items()}
+        if self.config.precision == "fp16":
+            acted |= {"loss_scale": progress.scaling.value, "overflowed_steps": float(progress.scaling.skipped)}
+        if self.average is not None:
+            acted["ema_distance"] = self.average.put()
+        if self.config.recompute:
+            acted["recomputed_layers"] = float(len(self.model.trunk.layers))
+        if isinstance(self.order, BalancedOrder):
+            acted["balanced_classes"] = float(self.order.num_classes)
+        return acted
 
     def step(self) -> StepResult:
         """One optimiser step at the run's position, which stays. Raises `Failure` where the loss is not finite."""
-        step = self.progress.step
+        step, scaling = self.progress.step, self.progress.scaling
+        fp16 = self.config.precision == "fp16"
         result = train_step(
             self.model,
             self.task,
@@ -147,13 +198,21 @@ class Trainer:
             self.optimizer,
             learning_rate=self._learning_rate(step),
             seed=step_seed(self.config.seed, step),
-            precision=self.config.precision,
+            manner=replace(self.manner, scale=scaling.value) if fp16 else self.manner,
         )
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        overflowed = fp16 and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+        if fp16:
+            scaling.after(overflowed=overflowed)
+        if not (math.isfinite(result.loss) and (overflowed or math.isfinite(result.grad_norm))):
             raise Failure(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}",
                 hint="lower train.learning_rate, or add train.warmup; checkpoints from before are whole",
             )
+        if self.average is not None:
+            self.optimizer.settle()
+            self.average.update()
+        for name, value in result.acted.items():
+            self.progress.acted[name] = self.progress.acted.get(name, 0.0) + value
         return result
 
     def _learning_rate(self, step: int) -> float:
@@ -183,13 +242,15 @@ class Trainer:
         assert self.validate is not None
         self.optimizer.settle()
         self.model.eval()
-        metrics = dict(self.validate())
+        with self.average.applied() if self.average is not None else nullcontext():
+            metrics = dict(self.validate())
+            weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
         self.model.train()
         value = metrics[self.task.metric] * self.task.metric_sign
         self.progress.validations.append(metrics)
         if self.progress.best is None or value > self.progress.best:
             self.progress.best, self.progress.best_epoch, self.progress.stale_epochs = value, epoch, 0
-            self._best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            self._best = weights
         else:
             self.progress.stale_epochs += 1
         patience = self.config.patience
@@ -206,10 +267,34 @@ class Trainer:
             "epoch": step / self.order.steps_per_epoch,
             "loss": result.loss,
             **heads,
+            **result.acted,
             "grad_norm": result.grad_norm,
             "learning_rate": self._learning_rate(step),
             **speed,
         }
+
+
+def _order(data: Dataset, config: TrainConfig) -> Order | BalancedOrder:
+    if not config.balanced:
+        return Order(len(data), config.batch_size, config.seed, lengths=data.lengths, window=config.length_window)
+    if config.length_window > 1:
+        hint = "set one of the two"
+        raise UserError("batches by length cannot be balanced", where="train.balanced", hint=hint)
+    return BalancedOrder(data.classes(), config.batch_size, config.seed)
+
+
+def _passes(config: TrainConfig) -> Passes:
+    match config.adversarial:
+        case "none":
+            return once
+        case "fgm":
+            return FGM(config.adversarial_size)
+        case "freelb":
+            return FreeLB(config.adversarial_size, config.adversarial_steps)
+
+
+def _losses(config: TrainConfig) -> Losses:
+    return RDrop(config.r_drop) if config.r_drop else plain
 
 
 class _Meter:
@@ -219,7 +304,7 @@ class _Meter:
         self.progress = progress
         self.work = model.training_work()
         mean_tokens = max(1, round(float(data.lengths.mean()) * min(config.batch_size, len(data))))
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        dtype = ARITHMETIC[config.precision]
         rows = min(mean_tokens, config.token_budget)
         self.ceiling = matmul_rate(model.matmul_shapes(), rows, dtype=dtype, device=model.device)
         self.last = time.perf_counter()
@@ -244,7 +329,7 @@ class _Meter:
     def _share(self, tokens_per_second: float) -> float:
         return self.work * tokens_per_second / self.ceiling
 
-    def result(self, steps_per_epoch: int) -> TrainResult:
+    def result(self, steps_per_epoch: int, acted: Mapping[str, float]) -> TrainResult:
         progress = self.progress
         return TrainResult(
             steps=progress.step,
@@ -257,4 +342,5 @@ class _Meter:
             ceiling_share=self._share(progress.tokens / progress.seconds),
             positions_per_token=progress.positions / max(progress.tokens, 1),
             peak_memory=peak_memory(),
+            acted=acted,
         )

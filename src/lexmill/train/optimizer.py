@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, 2019): dense for most parameters, row-sparse for embeddings."""
+"""The update: AdamW (Loshchilov and Hutter, 2019), row-sparse for embeddings, or another of torch's optimisers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from lexmill.errors import UserError
 from lexmill.nn.embedding import Embedding
 from lexmill.train.config import TrainConfig
+from lexmill.train.torch_group import TorchGroup, adafactor, muon, sgd
 
 
 @dataclass(frozen=True)
@@ -182,32 +184,66 @@ class RowSparse:
 
 
 class Optimizer:
-    """AdamW over a whole model: matrices decayed, vectors not, embeddings with sparse gradients row by row."""
+    """The update of a whole model: matrices decayed, vectors not.
+
+    `adamw` updates embeddings with sparse gradients row by row. `muon` updates the matrices inside the trunk's layers,
+    and AdamW the rest. `sgd` and `adafactor` update everything, tables densely.
+    """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.rule = AdamW(config.beta1, config.beta2, config.epsilon)
         self.max_grad_norm = config.max_grad_norm
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.sparse = [
-            RowSparse(f"{name}.weight", module, config.weight_decay)
-            for name, module in model.named_modules()
-            if isinstance(module, Embedding) and module.sparse and f"{name}.weight" in trained
-        ]
-        rest = {name: p for name, p in trained.items() if name not in {table.name for table in self.sparse}}
-        self.dense = [
-            DenseGroup({n: p for n, p in rest.items() if p.dim() > 1}, config.weight_decay),
+        rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        tables = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Embedding) and m.sparse}
+        self.sparse: list[RowSparse] = []
+        self.dense: list[DenseGroup | TorchGroup] = []
+        self._made_dense: list[Embedding] = []
+        decay = config.weight_decay
+        if config.optimizer in ("sgd", "adafactor"):
+            for table in tables.values():
+                table.sparse = False
+                self._made_dense.append(table)
+            make = adafactor if config.optimizer == "adafactor" else sgd(config.momentum)
+            self.dense.append(TorchGroup(rest, decay, make))
+            return
+        if config.optimizer == "muon":
+            hidden = {n: p for n, p in rest.items() if p.dim() == 2 and ".layers." in n}
+            if not hidden:
+                hint = "choose adamw, or train the trunk's layers"
+                raise UserError("no matrix of a layer is trained", where="train.optimizer", hint=hint)
+            self.dense.append(TorchGroup(hidden, decay, muon(config.momentum)))
+            rest = {n: p for n, p in rest.items() if n not in hidden}
+        self.sparse = [RowSparse(name, table, decay) for name, table in tables.items() if name in rest]
+        rest = {name: p for name, p in rest.items() if name not in {table.name for table in self.sparse}}
+        self.dense += [
+            DenseGroup({n: p for n, p in rest.items() if p.dim() > 1}, decay),
             DenseGroup({n: p for n, p in rest.items() if p.dim() <= 1}, 0.0),
         ]
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, and forget the gradients. Returns the global gradient norm before clipping."""
+    def step(self, learning_rate: float, loss_scale: float = 1.0) -> float:
+        """Clip, update, and forget the gradients. Where they are not finite, nothing is updated.
+
+        Args:
+            loss_scale: what the loss was multiplied by before the backward pass.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
         grads = [grad for group in self.dense for grad in group.gradients()]
         grads += [grad for table in self.sparse if (grad := table.gradient()) is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = torch.nn.utils.get_total_norm(grads) / loss_scale
+        if not torch.isfinite(norm):
+            self.zero_grad()
+            return float(norm)
         scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0).float() if self.max_grad_norm else None
+        if loss_scale != 1.0:
+            scale = norm.new_full((), loss_scale, dtype=torch.float32) * (1.0 if scale is None else scale)
         for group in (*self.dense, *self.sparse):
-            group.step(self.rule, learning_rate, scale)
+            if isinstance(group, TorchGroup):
+                group.step(learning_rate, scale)
+            else:
+                group.step(self.rule, learning_rate, scale)
         self.zero_grad()
         return float(norm)
 
@@ -227,9 +263,11 @@ class Optimizer:
         """Settle and take the hooks off the model."""
         for table in self.sparse:
             table.close()
+        for table in self._made_dense:
+            table.sparse = True
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the optimiser by global name."""
+        """Every tensor of the optimiser by global name; torch's optimisers have theirs from their first step on."""
         return {name: t for group in (*self.dense, *self.sparse) for name, t in group.state().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lexmill.data.batch import Batch
 from lexmill.models import Model
 from lexmill.tasks.base import Task
 from lexmill.tasks.inputs import Arrange, packed
 from lexmill.train.optimizer import Optimizer
+from lexmill.train.passes import Losses, Outputs, Passes, once, plain
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+ARITHMETIC = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class StepResult:
         grad_norm: the global L2 norm before clipping.
         tokens: real tokens.
         positions: rows the model computed for them.
+        acted: what the ways of going through the model and of taking the loss say they did, by name.
     """
 
     losses: Mapping[str, float]
@@ -34,26 +39,41 @@ class StepResult:
     examples: int
     tokens: int
     positions: int
+    acted: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def loss(self) -> float:
         return sum(self.losses.values())
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a batch is taken through the model.
+
+    Args:
+        precision: of the arithmetic.
+        passes: how often a micro-batch goes through.
+        losses: what an item's loss is made of.
+        arrange: `packed`, or `dense` as the slow oracle.
+        scale: what the loss is multiplied by before its backward pass.
+    """
+
+    precision: Precision = "fp32"
+    passes: Passes = once
+    losses: Losses = plain
+    arrange: Arrange = packed
+    scale: float = 1.0
+
+
 def accumulate(
-    model: Model,
-    task: Task,
-    micro_batches: Sequence[Batch],
-    *,
-    seed: int,
-    precision: Precision = "fp32",
-    arrange: Arrange = packed,
-) -> dict[str, float]:
-    """Add the gradients of one optimiser batch to the model's, and return the loss per head.
+    model: Model, task: Task, micro_batches: Sequence[Batch], *, seed: int, manner: Manner | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Add the gradients of one optimiser batch to the model's. Gives the loss per head, and what `manner` did.
 
     Each head's loss is the sum of its items' weighted losses over the total weight of the whole batch, so how the
     batch is cut into micro-batches does not matter. `seed` alone fixes dropout.
     """
+    manner = manner or Manner()
     weights = [task.item_weights(batch) for batch in micro_batches]
     totals: dict[str, float] = {}
     for one in weights:
@@ -61,21 +81,46 @@ def accumulate(
             totals[head] = totals.get(head, 0.0) + float(values.sum(dtype=np.float64))
     live = [head for head, total in totals.items() if total > 0]
     losses = dict.fromkeys(live, 0.0)
+    acted: dict[str, list[float]] = {}
     for i, (batch, one) in enumerate(zip(micro_batches, weights, strict=True)):
-        present = [head for head in live if one[head].any()]
-        if not present:
+        shares = {head: one[head].astype(np.float64) / totals[head] for head in live if one[head].any()}
+        if not shares:
             continue
         torch.manual_seed(_mix(seed, i))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs = task.forward(model, batch, arrange)
-        if precision == "bf16":
-            outputs = {head: out.float() for head, out in outputs.items()}
-        items = task.item_losses(outputs, batch)
-        parts = {h: items[h] @ torch.from_numpy(one[h].astype(np.float64) / totals[h]).to(items[h]) for h in present}
-        torch.stack(list(parts.values())).sum().backward()
+        parts, did = manner.passes(model, batch, _Pass(model, task, batch, shares, manner, acted))
         for head, part in parts.items():
-            losses[head] += float(part.detach())
-    return losses
+            losses[head] += part
+        for name, value in did.items():
+            acted.setdefault(name, []).append(value)
+    return losses, {name: sum(values) / len(values) for name, values in acted.items()}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and backward pass of a micro-batch. `shares` are its items' weights in the optimiser batch."""
+
+    model: Model
+    task: Task
+    batch: Batch
+    shares: Mapping[str, np.ndarray]
+    manner: Manner
+    acted: dict[str, list[float]]
+
+    def __call__(self, weight: float) -> dict[str, float]:
+        items, shown = self.manner.losses(self.task, self._forward, self.batch)
+        parts: dict[str, Tensor] = {h: items[h] @ torch.from_numpy(s).to(items[h]) for h, s in self.shares.items()}
+        total = torch.stack(list(parts.values())).sum()
+        (total * (weight * self.manner.scale) if weight * self.manner.scale != 1.0 else total).backward()
+        for name, values in shown.items():
+            self.acted.setdefault(name, []).append(float(values.mean()))
+        return {head: float(part.detach()) for head, part in parts.items()}
+
+    def _forward(self) -> Outputs:
+        reduced = self.manner.precision != "fp32"
+        dtype = ARITHMETIC[self.manner.precision]
+        with torch.autocast(self.model.device.type, dtype if reduced else torch.bfloat16, enabled=reduced):
+            outputs = self.task.forward(self.model, self.batch, self.manner.arrange)
+        return {head: out.float() for head, out in outputs.items()} if reduced else outputs
 
 
 def train_step(
@@ -86,19 +131,23 @@ def train_step(
     *,
     learning_rate: float,
     seed: int,
-    precision: Precision = "fp32",
-    arrange: Arrange = packed,
+    manner: Manner | None = None,
 ) -> StepResult:
-    """Gradients of one optimiser batch, then one update. The model must be in training mode."""
+    """Gradients of one optimiser batch, then one update. The model must be in training mode.
+
+    Where a scaled loss overflowed, nothing is updated, and the gradient norm is infinite.
+    """
+    manner = manner or Manner()
     before = model.trunk.positions_computed
-    losses = accumulate(model, task, micro_batches, seed=seed, precision=precision, arrange=arrange)
-    norm = optimizer.step(learning_rate) if losses else 0.0
+    losses, acted = accumulate(model, task, micro_batches, seed=seed, manner=manner)
+    norm = optimizer.step(learning_rate, manner.scale) if losses else 0.0
     return StepResult(
         losses,
-        norm,
+        norm if math.isfinite(norm) else math.inf,
         sum(batch.num_examples for batch in micro_batches),
         sum(batch.num_tokens for batch in micro_batches),
         model.trunk.positions_computed - before,
+        acted,
     )
 
 

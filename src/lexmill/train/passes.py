@@ -1,0 +1,63 @@
+"""How often a micro-batch goes through the model, and what its items' losses are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lexmill.data.batch import Batch
+from lexmill.errors import UserError
+from lexmill.models import Model
+from lexmill.tasks.base import Task
+
+Outputs = Mapping[str, Tensor]
+Backward = Callable[[float], Mapping[str, float]]
+"""One forward and backward pass of a micro-batch, its loss counting this much. Gives the loss by head."""
+
+
+class Passes(Protocol):
+    """Runs a micro-batch through the model one or more times.
+
+    Gives the losses to report, by head, and further numbers that show what it did.
+    """
+
+    def __call__(
+        self, model: Model, batch: Batch, backward: Backward
+    ) -> tuple[Mapping[str, float], dict[str, float]]: ...
+
+
+def once(model: Model, batch: Batch, backward: Backward) -> tuple[Mapping[str, float], dict[str, float]]:
+    """One pass."""
+    return backward(1.0), {}
+
+
+class Losses(Protocol):
+    """What each item's loss is: by head the unreduced losses, and further items by name to report the mean of."""
+
+    def __call__(self, task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]: ...
+
+
+def plain(task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]:
+    """The task's own."""
+    return task.item_losses(forward(), batch), {}
+
+
+@dataclass(frozen=True)
+class RDrop:
+    """Two passes under different dropout that must agree (Liang et al. 2021): the mean of their losses, and `weight`
+    times half the symmetric divergence between what they say."""
+
+    weight: float
+
+    def __call__(self, task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]:
+        first, second = forward(), forward()
+        apart = task.divergence(first, second)
+        a, b = task.item_losses(first, batch), task.item_losses(second, batch)
+        if any(apart[head].shape != a[head].shape for head in a):
+            raise UserError(f"the task '{task.name}' has no divergence", where="train.r_drop", hint="leave it out")
+        losses = {head: (a[head] + b[head]) / 2 + self.weight * apart[head] for head in a}
+        return losses, {"r_drop": torch.cat([items.detach().reshape(-1) for items in apart.values()])}

@@ -122,14 +122,10 @@ DATA = [
         "label",
         args="--text txt",
     ),
-    one(
+    Bad(
         "a device of no kind",
-        "a.csv",
-        b"text,label\na,b\nb,c\n",
-        "'abacus' is no device",
-        "train.device",
-        "give auto, cpu, cuda or cuda:1",
-        args="--set train.device=abacus",
+        "train.jsonl --set train.device=abacus",
+        ("train.device", "'abacus' is no device", "give auto, cpu, cuda or cuda:1"),
     ),
     one(
         "no text column",

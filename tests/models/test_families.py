@@ -55,6 +55,32 @@ def test_language_model_logits_equal_those_of_transformers(name, tmp_path):
         assert gap(ours.eval()(*texts.packed)["lm"], expected) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_masked_model_logits_equal_those_of_transformers_and_go_back(name, tmp_path):
+    torch.manual_seed(2)
+    theirs = reference(ENCODERS[name][0], "ForMaskedLM", **ENCODERS[name][1])
+    ours = load(stored(theirs, tmp_path / "in"))
+    if "lm" not in families.find(ours.family).heads:
+        pytest.skip("the family's table names no language head")
+    assert ours.add_language_head("lm").tied
+    texts, told, types = texts_for(theirs)
+    with torch.no_grad():
+        expected = theirs(texts.dense_ids, attention_mask=texts.mask, **told).logits
+        assert gap(ours.eval()(*texts.packed, types=types)["lm"], texts.rows(expected)) <= 1e-5
+    (tmp_path / "out").mkdir()
+    save(ours, tmp_path / "out")
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys()
+        == load_file(tmp_path / "in" / "model.safetensors").keys()
+    )
+    again, report = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(texts.dense_ids, attention_mask=texts.mask, **told).logits, expected)
+        assert gap(load(tmp_path / "out")(*texts.packed, types=types)["lm"], texts.rows(expected)) <= 1e-5
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_stored_classifier_gives_the_logits_of_transformers_and_goes_back(name, tmp_path):
     torch.manual_seed(3)

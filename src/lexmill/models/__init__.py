@@ -3,7 +3,7 @@
 from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride, ModelConfig
 from lexmill.models.generate import Generated, greedy
-from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead, register_head
+from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LanguageShape, LMHead, register_head
 from lexmill.models.io import head_tensors, init, init_like, load, module_names, save, trunk_prefix, weights_digest
 from lexmill.models.model import Model
 from lexmill.models.recurrent import Recurrent, RecurrentConfig
@@ -15,6 +15,7 @@ __all__ = [
     "Generated",
     "Head",
     "LMHead",
+    "LanguageShape",
     "LayerOverride",
     "Model",
     "ModelConfig",

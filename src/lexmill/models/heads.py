@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lexmill.errors import UserError
@@ -16,7 +16,10 @@ from lexmill.models.config import strict
 from lexmill.models.trunk import Trunk
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.linear import Linear
+from lexmill.nn.mlp import ACTIVATIONS, Activation
+from lexmill.nn.norm import LayerNorm
 from lexmill.nn.pooling import Pooling
+from lexmill.nn.token_loss import token_losses
 
 Transform = Literal["tanh", "relu"]
 
@@ -111,6 +114,22 @@ class ClassifierHead(Head):
         return cls(trunk.config.hidden_size, strict(ClassifierShape, described, where))
 
 
+@dataclass(frozen=True)
+class LanguageShape:
+    """A language head's structure.
+
+    Args:
+        bias: whether the output has one.
+        transform: the activation of a square layer, with a layer norm after it, before the output (BERT); None for
+            neither.
+        norm_eps: of that norm.
+    """
+
+    bias: bool = False
+    transform: Activation | None = None
+    norm_eps: float = 1e-12
+
+
 @register_head
 class LMHead(Head):
     """Logits over the vocabulary, of every row it is given.
@@ -122,26 +141,40 @@ class LMHead(Head):
     kind = "lm"
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, *, tied: nn.Embedding | None = None, bias: bool = False
+        self, hidden_size: int, vocab_size: int, shape: LanguageShape | None = None, *, tied: nn.Embedding | None = None
     ) -> None:
         super().__init__()
-        self.output = Linear(hidden_size, vocab_size, bias=bias, role="vocab")
+        self.shape = shape or LanguageShape()
+        self.transform = Linear(hidden_size, hidden_size) if self.shape.transform else None
+        self.norm = LayerNorm(hidden_size, self.shape.norm_eps) if self.shape.transform else None
+        self.output = Linear(hidden_size, vocab_size, bias=self.shape.bias, role="vocab")
         self.tied = tied is not None
-        self.has_bias = bias
         if tied is not None:
             self.output.weight = tied.weight
+            if self.shape.bias:
+                nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vocab"]:
-        return self.output(hidden)
+        return self.output(self._transformed(hidden))
+
+    def losses(self, hidden: Float[Tensor, "item dim"], target: Int[Tensor, "item"]) -> Float[Tensor, "item"]:
+        """The negative log-likelihood, in nats, of each target; see `token_losses`."""
+        return token_losses(self._transformed(hidden), self.output.weight, self.output.bias, target)
+
+    def _transformed(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        if self.transform is None or self.norm is None or self.shape.transform is None:
+            return hidden
+        return self.norm(ACTIVATIONS[self.shape.transform](self.transform(hidden)))
 
     @property
     def pooling(self) -> None:
         return None
 
     def describe(self) -> dict[str, Any]:
-        return {"bias": self.has_bias}
+        return asdict(self.shape)
 
     @classmethod
     def build(cls, trunk: Trunk, described: Mapping[str, Any], where: str) -> LMHead:
         tied = trunk.embeddings.token if trunk.config.tied_output else None
-        return cls(trunk.config.hidden_size, trunk.config.vocab_size, tied=tied, bias=bool(described.get("bias")))
+        shape = strict(LanguageShape, described, where)
+        return cls(trunk.config.hidden_size, trunk.config.vocab_size, shape, tied=tied)

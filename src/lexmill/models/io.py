@@ -136,8 +136,10 @@ def head_tensors(model: Model) -> tuple[families.Use | None, dict[str, Tensor]]:
     for use in uses:
         if name := _hf_head(model, use):
             head = cast("Head", model.heads[name])
-            own = {} if isinstance(head, LMHead) and head.tied else _head_names(model, name)
-            return use, {theirs: head.get_parameter(ours) for ours, theirs in own.items()}
+            names = _head_names(model, name)
+            if isinstance(head, LMHead) and head.tied:
+                names.pop("output.weight")
+            return use, {theirs: head.get_parameter(ours) for ours, theirs in names.items()}
     return None, {}
 
 
@@ -300,7 +302,7 @@ def _hf_head(model: Model, use: families.Use) -> str | None:
     if isinstance(head, ClassifierHead):
         form = replace(family.classifier, num_labels=head.shape.num_labels, dropout=head.shape.dropout)
         return name if head.shape == form else None
-    return name if not cast("LMHead", head).has_bias else None
+    return name if cast("LMHead", head).shape == family.language(model.config) else None
 
 
 def trunk_prefix(model: Model) -> str:

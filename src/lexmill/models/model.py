@@ -194,15 +194,15 @@ class Model(nn.Module):
         return head
 
     def add_language_head(self, name: str) -> LMHead:
-        """Attach the head that predicts tokens: the shared embedding where the config ties it, else the source's own,
-        or one drawn from torch's generator where there is none."""
-        size, vocab = self.config.hidden_size, self.config.vocab_size
-        if self.config.tied_output:
-            head = LMHead(size, vocab, tied=self.trunk.embeddings.token)
-        else:
-            head = LMHead(size, vocab, tied=None)
-            initialise(head, self.config.initializer_range)
-            self._start(head, "lm", "")
+        """Attach the head that predicts tokens, of this family's form: its output is the shared embedding where the
+        config ties it; the rest is the source's own, or drawn from torch's generator where there is none."""
+        tied = self.trunk.embeddings.token if self.config.tied_output else None
+        shape = families.find(self.family).language(self.config)
+        head = LMHead(self.config.hidden_size, self.config.vocab_size, shape, tied=tied)
+        for part in head.children():
+            if part is not head.output or tied is None:
+                initialise(part, self.config.initializer_range)
+        self._start(head, "lm", "")
         self.add_head(name, head)
         return head
 
@@ -226,12 +226,14 @@ class Model(nn.Module):
 
     def spare(self, use: families.Use) -> dict[str, Tensor]:
         """Unused tensors of the source that are this kind of head's, by our names within a head."""
-        table = families.find(self.family).heads.get(use, {})
-        named = {ours: theirs.format(prefix=self.origin.prefix) for ours, theirs in table.items()}
-        return {ours: self.extras[theirs] for ours, theirs in named.items() if theirs in self.extras}
+        family = families.find(self.family)
+        named = {ours: theirs.format(prefix=self.origin.prefix) for ours, theirs in family.heads.get(use, {}).items()}
+        found = {family.canonical(name): tensor for name, tensor in self.extras.items()}
+        return {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
 
     def _start(self, head: Head, use: families.Use, part: str) -> None:
-        own = dict(head.named_parameters())
+        shared = self.trunk.embeddings.token.weight
+        own = {name: parameter for name, parameter in head.named_parameters() if parameter is not shared}
         with torch.no_grad():
             for name, tensor in self.spare(use).items():
                 if name.startswith(part) and name in own and own[name].shape == tensor.shape:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lexmill.models.families.table import Family, choice, fixed_ratio, head_size, key
-from lexmill.models.heads import ClassifierShape
+from lexmill.models.heads import ClassifierShape, LanguageShape
 
 FAMILY = Family(
     name="bert",
-    architectures={"base": "BertModel", "classifier": "BertForSequenceClassification"},
+    architectures={"base": "BertModel", "classifier": "BertForSequenceClassification", "lm": "BertForMaskedLM"},
     prefix="bert.",
     fixed={
         "norm": "layer",
@@ -79,6 +79,15 @@ FAMILY = Family(
             "transform.bias": "{prefix}pooler.dense.bias",
             "output.weight": "classifier.weight",
             "output.bias": "classifier.bias",
-        }
+        },
+        "lm": {
+            "transform.weight": "cls.predictions.transform.dense.weight",
+            "transform.bias": "cls.predictions.transform.dense.bias",
+            "norm.weight": "cls.predictions.transform.LayerNorm.weight",
+            "norm.bias": "cls.predictions.transform.LayerNorm.bias",
+            "output.weight": "cls.predictions.decoder.weight",
+            "output.bias": "cls.predictions.bias",
+        },
     },
+    language=lambda config: LanguageShape(bias=True, transform=config.activation, norm_eps=config.norm_eps),
 )

@@ -16,7 +16,11 @@ def _heads(hf: Mapping[str, Any]) -> int:
 
 FAMILY = Family(
     name="distilbert",
-    architectures={"base": "DistilBertModel", "classifier": "DistilBertForSequenceClassification"},
+    architectures={
+        "base": "DistilBertModel",
+        "classifier": "DistilBertForSequenceClassification",
+        "lm": "DistilBertForMaskedLM",
+    },
     prefix="distilbert.",
     fixed={**bert.FAMILY.fixed, "type_vocab_size": 0, "norm_eps": 1e-12},
     settings=(
@@ -63,6 +67,15 @@ FAMILY = Family(
             "transform.bias": "pre_classifier.bias",
             "output.weight": "classifier.weight",
             "output.bias": "classifier.bias",
-        }
+        },
+        "lm": {
+            "transform.weight": "vocab_transform.weight",
+            "transform.bias": "vocab_transform.bias",
+            "norm.weight": "vocab_layer_norm.weight",
+            "norm.bias": "vocab_layer_norm.bias",
+            "output.weight": "vocab_projector.weight",
+            "output.bias": "vocab_projector.bias",
+        },
     },
+    language=bert.FAMILY.language,
 )

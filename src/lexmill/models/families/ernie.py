@@ -21,7 +21,7 @@ def _write(hf: Json, value: Any) -> None:
 
 FAMILY = bert.FAMILY.variant(
     name="ernie",
-    architectures={"base": "ErnieModel", "classifier": "ErnieForSequenceClassification"},
+    architectures={"base": "ErnieModel", "classifier": "ErnieForSequenceClassification", "lm": "ErnieForMaskedLM"},
     prefix="ernie.",
     settings=(Setting("task_type_vocab_size", _read, _write),),
     weights=(*bert.FAMILY.weights, ("embeddings.task_type.weight", "embeddings.task_type_embeddings.weight")),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lexmill.models.families import bert
 from lexmill.models.families.table import key, shifted
+from lexmill.models.heads import LanguageShape
+
+
+def _language(config: Any) -> LanguageShape:
+    return LanguageShape(bias=True, transform="gelu", norm_eps=config.norm_eps)
+
 
 FAMILY = bert.FAMILY.variant(
     name="roberta",
-    architectures={"base": "RobertaModel", "classifier": "RobertaForSequenceClassification"},
+    architectures={
+        "base": "RobertaModel",
+        "classifier": "RobertaForSequenceClassification",
+        "lm": "RobertaForMaskedLM",
+    },
     prefix="roberta.",
     settings=(
         key("vocab_size", "vocab_size", int, 50265),
@@ -20,6 +32,15 @@ FAMILY = bert.FAMILY.variant(
             "transform.bias": "classifier.dense.bias",
             "output.weight": "classifier.out_proj.weight",
             "output.bias": "classifier.out_proj.bias",
-        }
+        },
+        "lm": {
+            "transform.weight": "lm_head.dense.weight",
+            "transform.bias": "lm_head.dense.bias",
+            "norm.weight": "lm_head.layer_norm.weight",
+            "norm.bias": "lm_head.layer_norm.bias",
+            "output.weight": "lm_head.decoder.weight",
+            "output.bias": "lm_head.bias",
+        },
     },
+    language=_language,
 )

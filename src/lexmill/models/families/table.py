@@ -13,7 +13,7 @@ from torch import Tensor
 from lexmill.errors import UserError
 from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride
-from lexmill.models.heads import ClassifierShape
+from lexmill.models.heads import ClassifierShape, LanguageShape
 from lexmill.models.trunk import Structure, Trunk
 from lexmill.nn.rotary import RopeScaling
 
@@ -209,6 +209,7 @@ class Family:
         spare: patterns of tensors in these namespaces that the trunk does not use.
         aliases: other endings of names that old files have, and what they mean.
         classifier: the classification head that its Hugging Face class has; `num_labels` is a placeholder.
+        language: the language head that its Hugging Face class has, for a config of its trunk.
         heads: our names of head tensors by use, and theirs; `{prefix}` stands for the prefix.
         trunk: what its models are made of; `fixed` and `settings` are fields of this one's config.
     """
@@ -225,6 +226,7 @@ class Family:
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     spare: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    language: Callable[[Any], LanguageShape] = lambda config: LanguageShape()
     trunk: type[Trunk] = Transformer
 
     def variant(

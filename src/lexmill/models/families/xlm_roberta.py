@@ -6,5 +6,9 @@ from lexmill.models.families import roberta
 
 FAMILY = roberta.FAMILY.variant(
     name="xlm-roberta",
-    architectures={"base": "XLMRobertaModel", "classifier": "XLMRobertaForSequenceClassification"},
+    architectures={
+        "base": "XLMRobertaModel",
+        "classifier": "XLMRobertaForSequenceClassification",
+        "lm": "XLMRobertaForMaskedLM",
+    },
 )

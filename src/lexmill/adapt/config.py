@@ -19,6 +19,11 @@ class AdaptConfig:
         rank, alpha: of `lora`: its matrices have this rank, and their product is scaled by `alpha / rank`.
         dropout: of `lora`, on the input of its matrices.
         targets: of `lora`: names of linear layers, out of `query`, `key`, `value`, `output`, `gate`, `up` and `down`.
+        keep_activations: run the layers below the lowest trained one once over every example, without dropout, keep
+            what they give in a file beside the run, and train on that. None does so where nothing below is trained,
+            there is more than one epoch, and the file fits `keep_gigabytes`; true insists on it.
+        keep_gigabytes: the largest such file.
+        keep_precision: `fp32`, or `bf16`, of half the size, which rounds the kept states.
     """
 
     method: Literal["full", "frozen", "bitfit", "lora"] = "full"
@@ -27,3 +32,6 @@ class AdaptConfig:
     alpha: Annotated[float, Gt(0)] = 16.0
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     targets: tuple[str, ...] = ("query", "value")
+    keep_activations: bool | None = None
+    keep_gigabytes: Annotated[float, Gt(0)] = 4.0
+    keep_precision: Literal["fp32", "bf16"] = "fp32"

@@ -39,10 +39,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a model computed of the tokens `ids` before: the hidden states that enter its layer `layer`.
+
+    Args:
+        rows: float32, or bfloat16 as its bits in int16.
+    """
+
+    layer: int
+    ids: Int[np.ndarray, "tok"]
+    rows: Float[np.ndarray, "tok dim"] | Int[np.ndarray, "tok dim"]
+
+
+@dataclass(frozen=True)
 class Stream:
     """Sequences laid end to end: sequence `i` holds tokens `offsets[i]` to `offsets[i + 1]`.
 
-    `positions` restart at 0 in each sequence; `example[i]` is the row of the batch that sequence `i` belongs to.
+    `positions` restart at 0 in each sequence; `example[i]` is the row of the batch that sequence `i` belongs to, in
+    order of rows. `kept` holds only as long as the ids are those it was computed of.
     """
 
     ids: Int[np.ndarray, "tok"]
@@ -50,6 +64,7 @@ class Stream:
     positions: Int[np.ndarray, "tok"]
     offsets: Int[np.ndarray, "seq+1"]
     example: Int[np.ndarray, "seq"]
+    kept: Kept | None = None
 
     @property
     def num_tokens(self) -> int:

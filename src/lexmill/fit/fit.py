@@ -32,13 +32,14 @@ from lexmill.engine.loaded import Loaded
 from lexmill.errors import Failure, MissingExtra, UserError
 from lexmill.evaluate import Evaluation, evaluate, probes
 from lexmill.fit.config import FitConfig
+from lexmill.fit.keep import kept, keeping_effect
 from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, records, split, tokenized
 from lexmill.fit.record import record_inputs
 from lexmill.hardware import describe, device, keep_heap
 from lexmill.models import Model
 from lexmill.monitor import Fanout, JsonlSink, Sink, read_events
-from lexmill.train import Store, Trainer, TrainResult
+from lexmill.train import HeadStart, Store, Trainer, TrainResult
 
 CARD_FILE = "card.md"
 EVENTS_FILE = "run/events.jsonl"
@@ -160,9 +161,9 @@ class _Run:
         if adapted.trained < adapted.total:
             share = f"{adapted.trained / adapted.total:.2%}"
             self.watch.note(f"training {adapted.trained:,} of {adapted.total:,} weights ({share})")
-        training = self._train()
+        training, start = self._train()
         effect = training.effect()
-        effect |= self._finish(adapted)
+        effect |= self._finish(adapted) | keeping_effect(start, training)
         test = self._test()
         self.model.cpu()
         self._write_model()
@@ -173,7 +174,7 @@ class _Run:
         self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
         return manifest
 
-    def _train(self) -> TrainResult:
+    def _train(self) -> tuple[TrainResult, HeadStart]:
         prepared, config = self.prepared, self.prepared.config
         self.watch.note("tokenizing")
         cache = tokenized(prepared)
@@ -181,19 +182,21 @@ class _Run:
         validating = len(held) > 0 or prepared.sources.validation is not None
         rows = held_out(prepared, held)
         store = Store(self.writer.checkpoints, config.train.keep_checkpoints)
-        trainer = Trainer(
-            self.model,
-            prepared.task,
-            data,
-            config.train,
-            validate=(lambda: evaluate(self._engine(), rows()).metrics.values) if validating else None,
-            store=store,
-        )
-        if trainer.resume():
-            self.watch.note(f"going on from step {trainer.progress.step:,} of {trainer.total_steps:,}")
-        events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step - 1)
-        with closing(Fanout(events, *self.watch.sinks)) as sinks:
-            return trainer.run(sinks.emit)
+        with kept(self.model, data, config, self.writer.partial, self.watch.note) as (data, start):
+            trainer = Trainer(
+                self.model,
+                prepared.task,
+                data,
+                config.train,
+                validate=(lambda: evaluate(self._engine(), rows()).metrics.values) if validating else None,
+                store=store,
+                start=start,
+            )
+            if trainer.resume():
+                self.watch.note(f"going on from step {trainer.progress.step:,} of {trainer.total_steps:,}")
+            events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step - 1)
+            with closing(Fanout(events, *self.watch.sinks)) as sinks:
+                return trainer.run(sinks.emit), start
 
     def _finish(self, adapted: Adapted) -> dict[str, float]:
         """Write the adapter down and merge it; gives what adapting did. Raises `Failure` where it did nothing."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lexmill.models.config import LayerShape, ModelConfig
-from lexmill.models.trunk import Only, TokenEmbeddings, Trunk
+from lexmill.models.trunk import Only, TokenEmbeddings, Trunk, known_states
 from lexmill.nn.attention import Attention
 from lexmill.nn.cache import Cache, KVCache, LayerCache
 from lexmill.nn.dropout import Dropout
@@ -144,7 +144,6 @@ class Transformer(Trunk):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.positions_computed = 0
         self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.layers = nn.ModuleList(Block(config, config.layer(i)) for i in range(config.num_layers))
         self.norm = norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else nn.Identity()
@@ -162,18 +161,19 @@ class Transformer(Trunk):
         only: Only = "all",
         collect: list[dict[str, Tensor]] | None = None,
         inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
+        until: int | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """See `Trunk.forward`. With `only`, the last layer computes queries, output and feed-forward for one token a
         sequence; layers tell `collect` of `query`, `key` and `value` too."""
         if cache is not None and not isinstance(cache, KVCache):
             raise TypeError("a transformer needs a cache of keys and values")
         if cache is not None or collect is not None or not isinstance(layout, Packed) or layout.grouped is None:
-            return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds)
+            return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
         # Sequences of equal length become neighbours here, once, so that no layer has to gather them.
         near = layout.grouped
         types = None if types is None else types[near.rows]
         embeds = None if inputs_embeds is None else inputs_embeds.index_select(0, near.rows)
-        hidden = self._run(ids[near.rows], positions[near.rows], near.layout, types, None, only, None, embeds)
+        hidden = self._run(ids[near.rows], positions[near.rows], near.layout, types, None, only, None, embeds, until)
         return hidden.index_select(0, near.restore_rows if only == "all" else near.restore_sequences)
 
     def _run(
@@ -186,11 +186,17 @@ class Transformer(Trunk):
         only: Only,
         collect: list[dict[str, Tensor]] | None,
         inputs_embeds: Float[Tensor, "*rows dim"] | None,
+        until: int | None,
     ) -> Float[Tensor, "*some_rows dim"]:
+        count = len(self.layers)
+        whole = cache is not None or collect is not None or inputs_embeds is not None
+        known = None if whole else known_states(ids, layout)
+        start, x = known or (0, self.embeddings(ids, positions, types, inputs_embeds))
+        stop = count if until is None else until
         if not torch.compiler.is_compiling():
-            self.positions_computed += ids.numel()
-        x = self.embeddings(ids, positions, types, inputs_embeds)
-        caches: Sequence[LayerCache | None] = [None] * len(self.layers)
+            self.layer_rows += ids.numel() * (stop - start)
+            self.known_rows += ids.numel() * start
+        caches: Sequence[LayerCache | None] = [None] * count
         if cache is not None:
             if not isinstance(layout, Packed):
                 raise TypeError("a cache needs a packed layout")
@@ -202,15 +208,20 @@ class Transformer(Trunk):
         if collect is not None:
             collect.append({"hidden": x})
         again = self.recompute and self.training and torch.is_grad_enabled()
-        for index, (block, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+        for index in range(start, stop):
             seen: dict[str, Tensor] | None = None if collect is None else {}
-            last = index == len(self.layers) - 1
+            last = index == count - 1
+            block = self.layers[index]
             run = partial(checkpoint, block, use_reentrant=False) if again else block
-            x = run(x, layout, rope=rope, only=only if last else "all", cache=layer_cache, collect=seen)
+            x = run(x, layout, rope=rope, only=only if last else "all", cache=caches[index], collect=seen)
             if collect is not None and seen is not None:
                 collect.append(seen | {"hidden": x})
         if cache is not None:
             cache.commit()
+        if until is not None:
+            return x
+        if start == count and only != "all":
+            x = select(x, layout, only)
         return self.norm(x)
 
     def _reach(self, layout: Layout, cache: KVCache | None) -> int:

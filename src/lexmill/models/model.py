@@ -94,11 +94,21 @@ class Model(nn.Module):
         """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training."""
         return sum(width * height for width, height in self.matmul_shapes())
 
-    def training_work(self) -> int:
+    def untrained_layers(self) -> int:
+        """How many layers from below give the same for a text however long one trains, dropout aside: those under the
+        lowest trained weight. 0 where the embeddings, or anything beside the layers, are trained."""
+        lowest = len(self.trunk.layers)
+        for name, parameter in self.trunk.named_parameters():
+            part, _, rest = name.partition(".")
+            if parameter.requires_grad and part != "norm":
+                lowest = min(lowest, int(rest.partition(".")[0]) if part == "layers" else 0)
+        return lowest
+
+    def training_work(self, known_layers: int = 0) -> int:
         """Operations a token that training must do: 2 a weight forward, 2 for the gradient of its input from the lowest
-        layer up that is trained, 2 for its own where it is trained."""
+        layer up that is trained, 2 for its own where it is trained. The lowest `known_layers` do nothing."""
         work, reached = 0, any(p.requires_grad for p in self.trunk.embeddings.parameters())
-        for layer in self.trunk.layers:
+        for layer in self.trunk.layers[known_layers:]:
             reached = reached or any(p.requires_grad for p in layer.parameters())
             for weight in self.trunk.matrices(layer):
                 work += weight.numel() * (2 + 2 * reached + 2 * weight.requires_grad)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lexmill.errors import UserError
 from lexmill.models.config import LayerOverride
-from lexmill.models.trunk import Only, TokenEmbeddings, Trunk
+from lexmill.models.trunk import Only, TokenEmbeddings, Trunk, known_states
 from lexmill.nn.cache import Cache, RecurrentCache
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.embedding import Embedding
@@ -121,7 +121,6 @@ class Recurrent(Trunk):
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__()
         self.config: RecurrentConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.positions_computed = 0
         self.embeddings: RecurrentEmbeddings = RecurrentEmbeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         widths = [config.embedding_size, *[config.hidden_size] * config.num_layers]
         self.layers = nn.ModuleList(
@@ -141,38 +140,44 @@ class Recurrent(Trunk):
         only: Only = "all",
         collect: list[dict[str, Tensor]] | None = None,
         inputs_embeds: Float[Tensor, "*rows embed"] | None = None,
+        until: int | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """See `Trunk.forward`. Positions and segment types play no part."""
-        x = self.embeddings(ids, inputs_embeds)
+        whole = cache is not None or collect is not None or inputs_embeds is not None
+        known = None if whole else known_states(ids, layout)
+        start, x = known or (0, self.embeddings(ids, inputs_embeds))
+        layers = range(start, len(self.layers) if until is None else until)
         if isinstance(layout, Dense):
             if cache is not None:
                 raise TypeError("a cache needs a packed layout")
             packed = Packed.of(layout.lengths.cpu(), x.device)
             found: list[dict[str, Tensor]] = []
-            x = _spread(self._run(x[layout.mask], packed, None, found), layout)
+            x = _spread(self._run(x[layout.mask], packed, layers, None, found), layout)
             if collect is not None:
                 collect += [{"hidden": _spread(seen["hidden"], layout)} for seen in found]
         else:
-            x = self._run(x, layout, cache, collect)
+            x = self._run(x, layout, layers, cache, collect)
         return x if only == "all" else select(x, layout, only)
 
     def _run(
         self,
         x: Float[Tensor, "tok embed"],
         layout: Packed,
+        layers: range,
         cache: Cache | None,
         collect: list[dict[str, Tensor]] | None,
     ) -> Float[Tensor, "tok dim"]:
-        self.positions_computed += len(x)
+        self.layer_rows += len(x) * len(layers)
+        self.known_rows += len(x) * layers.start
         if cache is not None and not isinstance(cache, RecurrentCache):
             raise TypeError("a recurrent trunk needs a recurrent cache")
         steps = layout.plan_for(layout, "steps", lambda: _Steps.of(layout))
         if collect is not None:
             collect.append({"hidden": x})
         x = x.index_select(0, steps.rows)
-        for index, layer in enumerate(self.layers):
+        for index in layers:
             before = None if cache is None else cache.states(index, steps.order)
-            out, after = layer(PackedSequence(x, steps.sizes), before)
+            out, after = self.layers[index](PackedSequence(x, steps.sizes), before)
             x = self.dropout(out.data)
             if cache is not None:
                 cache.store(index, steps.order, after)

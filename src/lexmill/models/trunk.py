@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lexmill.models.config import LayerOverride
 from lexmill.nn.cache import Cache
 from lexmill.nn.embedding import Embedding
-from lexmill.nn.layout import Layout
+from lexmill.nn.layout import Layout, Packed
 
 Only = Literal["all", "first", "last"]
 
@@ -55,12 +55,19 @@ class Trunk(nn.Module, ABC):
     config: Structure
     embeddings: TokenEmbeddings
     layers: nn.ModuleList
-    positions_computed: int
-    """Rows that have gone through the layers so far, padding included."""
+    layer_rows: int = 0
+    """Rows computed so far, padding included, summed over the layers that they went through."""
+    known_rows: int = 0
+    """Rows not computed, since what layers make of them was known; summed over these layers."""
     recomputes: ClassVar[bool] = False
     """Whether it knows `recompute`."""
     recompute: bool = False
     """Whether a backward pass computes the activations inside a layer again, in place of having kept them."""
+
+    @property
+    def positions_computed(self) -> float:
+        """Rows that have gone through the layers so far; through half of them counts half."""
+        return self.layer_rows / len(self.layers)
 
     @abstractmethod
     def forward(
@@ -74,8 +81,11 @@ class Trunk(nn.Module, ABC):
         only: Only = "all",
         collect: list[dict[str, Tensor]] | None = None,
         inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
+        until: int | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """Hidden states of all tokens, `[*rows, dim]`, or of one token a sequence, `[seq, dim]`.
+
+        Where the layout knows the hidden states that enter a layer for these `ids`, it begins there.
 
         Args:
             ids: `[tok]` with a packed layout, `[seq, len]` with a dense one; `positions` and `types` likewise.
@@ -84,6 +94,7 @@ class Trunk(nn.Module, ABC):
             only: with `first` or `last` the last layer computes no more than that token needs.
             collect: is given one dictionary for the embeddings and each layer: `hidden`, and what else a layer tells.
             inputs_embeds: stands in for the token embeddings of `ids`.
+            until: stop before this layer, at least 1, and give the hidden states that enter it.
         """
 
     @abstractmethod
@@ -101,3 +112,9 @@ class Trunk(nn.Module, ABC):
     def matmul_shapes(self) -> list[tuple[int, int]]:
         """(in, out) of every matrix that each token is multiplied by."""
         return [(weight.shape[1], weight.shape[0]) for layer in self.layers for weight in self.matrices(layer)]
+
+
+def known_states(ids: Int[Tensor, "*rows"], layout: Layout) -> tuple[int, Float[Tensor, "tok dim"]] | None:
+    """A layer, and the hidden states that enter it, where the layout knows them for these very `ids`."""
+    known = layout.known if isinstance(layout, Packed) else None
+    return (known.layer, known.rows) if known is not None and torch.equal(known.ids, ids) else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lexmill.nn.matmul import fitting_rows
@@ -18,14 +18,31 @@ P = TypeVar("P")
 
 
 @dataclass(frozen=True, eq=False)
+class Known:
+    """Hidden states that were computed before: `rows` are those that enter layer `layer` for the tokens `ids`."""
+
+    layer: int
+    ids: Int[Tensor, "tok"]
+    rows: Float[Tensor, "tok dim"]
+
+    def take(self, rows: Int[Tensor, "near_tok"]) -> Known:
+        """These rows, in this order."""
+        return Known(self.layer, self.ids[rows], self.rows.index_select(0, rows))
+
+
+@dataclass(frozen=True, eq=False)
 class Packed:
     """Sequences laid end to end in `[tok, dim]`; sequence `i` holds rows `offsets[i]` to `offsets[i + 1]`.
 
     `offsets` stays on the CPU: grouping by length reads it as numbers.
+
+    Args:
+        known: what need not be computed again of these rows.
     """
 
     offsets: Int[Tensor, "bounds"]
     device: torch.device = CPU
+    known: Known | None = None
     _plans: dict[Hashable, object] = field(default_factory=dict[Hashable, object], init=False, repr=False)
 
     @classmethod
@@ -94,9 +111,10 @@ class Packed:
         restore = layout.rows_of(place[: self.num_sequences])
         rows = torch.zeros(layout.num_tokens, dtype=torch.int64)
         rows[restore] = torch.arange(self.num_tokens)
-        return Regrouped(
-            layout, rows.to(self.device), restore.to(self.device), place[: self.num_sequences].to(self.device)
-        )
+        rows = rows.to(self.device)
+        if self.known is not None:
+            layout = replace(layout, known=self.known.take(rows))
+        return Regrouped(layout, rows, restore.to(self.device), place[: self.num_sequences].to(self.device))
 
     def rows_of(self, order: Int[Tensor, "some"]) -> Int[Tensor, "rows"]:
         """The rows of these sequences, in this order, on the CPU."""

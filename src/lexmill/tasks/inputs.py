@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lexmill.data.batch import Stream
-from lexmill.nn.layout import Dense, Layout, Packed
+from lexmill.data.batch import Kept, Stream
+from lexmill.nn.layout import Dense, Known, Layout, Packed
 
 
 class Inputs(NamedTuple):
@@ -24,13 +24,19 @@ class Inputs(NamedTuple):
 
 
 def packed(stream: Stream, device: torch.device) -> Inputs:
-    """The stream as it is: no position is computed that holds no token."""
+    """The stream as it is: no position is computed that holds no token, nor a layer whose result was kept."""
     ids, positions, types = (torch.from_numpy(a).to(device) for a in (stream.ids, stream.positions, stream.types))
-    return Inputs(ids, positions, types, Packed(torch.from_numpy(stream.offsets), device))
+    known = None if stream.kept is None else _known(stream.kept, device)
+    return Inputs(ids, positions, types, Packed(torch.from_numpy(stream.offsets), device, known))
+
+
+def _known(kept: Kept, device: torch.device) -> Known:
+    ids, rows = torch.from_numpy(kept.ids).to(device), torch.from_numpy(kept.rows).to(device)
+    return Known(kept.layer, ids, rows.view(torch.bfloat16).float() if rows.dtype == torch.int16 else rows)
 
 
 def dense(stream: Stream, device: torch.device, pad_id: int = 0) -> Inputs:
-    """The stream padded at the right to its longest sequence."""
+    """The stream padded at the right to its longest sequence. What was kept of it is computed anew."""
     lengths = stream.lengths
     mask = np.arange(int(lengths.max())) < lengths[:, None]
     padded = [np.full(mask.shape, fill, np.int64) for fill in (pad_id, 0, 0)]

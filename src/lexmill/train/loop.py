@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
 from lexmill.data.batch import Batch
@@ -23,21 +22,12 @@ from lexmill.train.adversarial import FGM, FreeLB
 from lexmill.train.average import Average
 from lexmill.train.checkpoint import Store
 from lexmill.train.config import TrainConfig
+from lexmill.train.kept import Dataset, HeadStart
 from lexmill.train.optimizer import Optimizer
 from lexmill.train.passes import Losses, Passes, RDrop, once, plain
 from lexmill.train.scaling import LossScale
 from lexmill.train.schedule import learning_rate
 from lexmill.train.step import ARITHMETIC, Manner, StepResult, step_seed, train_step
-
-
-class Dataset(Protocol):
-    """Tokenized examples by index; `lengths` are tokens per example, `classes` their one label as a number."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
-    def classes(self) -> np.ndarray: ...
-    def batch(self, indices: np.ndarray) -> Batch: ...
 
 
 @dataclass
@@ -50,7 +40,7 @@ class Progress:
     seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
-    positions: int = 0
+    positions: float = 0
     best: float | None = None
     best_epoch: int | None = None
     stale_epochs: int = 0
@@ -99,6 +89,7 @@ class Trainer:
     Args:
         validate: the task's metrics on validation data, by name; called after each epoch.
         store: where checkpoints go; none are written without it.
+        start: what was computed before the first step; it counts in the run's seconds and positions.
     """
 
     def __init__(
@@ -110,18 +101,19 @@ class Trainer:
         *,
         validate: Callable[[], Mapping[str, float]] | None = None,
         store: Store | None = None,
+        start: HeadStart | None = None,
     ) -> None:
         config.check_stopping(validating=validate is not None)
         if config.recompute and not model.trunk.recomputes:
             raise UserError("this model keeps its activations", where="train.recompute", hint="leave it out")
         self.model, self.task, self.data, self.config = model, task, data, config
-        self.validate, self.store = validate, store
+        self.validate, self.store, self.start = validate, store, start or HeadStart()
         self.order = _order(data, config)
         self.total_steps = config.epochs * self.order.steps_per_epoch
         self.optimizer = Optimizer(model, config)
         self.average = Average(model, config.ema) if config.ema else None
         self.manner = Manner(config.precision, _passes(config), _losses(config))
-        self.progress = Progress()
+        self.progress = Progress(seconds=self.start.seconds, positions=self.start.positions)
         self._best: dict[str, torch.Tensor] = {}
         model.trunk.recompute = config.recompute
 
@@ -158,7 +150,7 @@ class Trainer:
         Args:
             emit: takes every event: `phase` (`train`, `validate`), `step`, `loss`, …
         """
-        meter = _Meter(self.model, self.data, self.config, self.progress)
+        meter = _Meter(self.model, self.data, self.config, self.progress, self.start.layers)
         self.model.train()
         while self.progress.step < self.total_steps and not self.progress.stopped:
             result = self.step()
@@ -300,9 +292,11 @@ def _losses(config: TrainConfig) -> Losses:
 class _Meter:
     """What the steps did and how fast, summed up in the run's progress."""
 
-    def __init__(self, model: Model, data: Dataset, config: TrainConfig, progress: Progress) -> None:
+    def __init__(
+        self, model: Model, data: Dataset, config: TrainConfig, progress: Progress, known_layers: int
+    ) -> None:
         self.progress = progress
-        self.work = model.training_work()
+        self.work = model.training_work(known_layers)
         mean_tokens = max(1, round(float(data.lengths.mean()) * min(config.batch_size, len(data))))
         dtype = ARITHMETIC[config.precision]
         rows = min(mean_tokens, config.token_budget)

@@ -30,7 +30,7 @@ class StepResult:
         losses: per head, the weighted mean over the batch; a head without labels in this batch is absent.
         grad_norm: the global L2 norm before clipping.
         tokens: real tokens.
-        positions: rows the model computed for them.
+        positions: rows the model computed for them; one that went through half of the layers counts half.
         acted: what the ways of going through the model and of taking the loss say they did, by name.
     """
 
@@ -38,7 +38,7 @@ class StepResult:
     grad_norm: float
     examples: int
     tokens: int
-    positions: int
+    positions: float
     acted: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
@@ -137,16 +137,19 @@ def train_step(
 
     Where a scaled loss overflowed, nothing is updated, and the gradient norm is infinite.
     """
-    manner = manner or Manner()
-    before = model.trunk.positions_computed
+    manner, trunk = manner or Manner(), model.trunk
+    computed, known = trunk.layer_rows, trunk.known_rows
     losses, acted = accumulate(model, task, micro_batches, seed=seed, manner=manner)
     norm = optimizer.step(learning_rate, manner.scale) if losses else 0.0
+    computed, known = trunk.layer_rows - computed, trunk.known_rows - known
+    if known:
+        acted["forward_known"] = known / (known + computed)
     return StepResult(
         losses,
         norm if math.isfinite(norm) else math.inf,
         sum(batch.num_examples for batch in micro_batches),
         sum(batch.num_tokens for batch in micro_batches),
-        model.trunk.positions_computed - before,
+        computed / len(trunk.layers),
         acted,
     )
 

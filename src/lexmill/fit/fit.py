@@ -32,7 +32,7 @@ from lexmill.engine.loaded import Loaded
 from lexmill.errors import Failure, MissingExtra, UserError
 from lexmill.evaluate import Evaluation, evaluate, probes
 from lexmill.fit.config import FitConfig
-from lexmill.fit.keep import kept, keeping_effect
+from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, records, split, tokenized
 from lexmill.fit.record import record_inputs

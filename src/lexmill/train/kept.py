@@ -1,7 +1,7 @@
 """What the layers below the lowest trained one make of each example, computed once and kept for all epochs.
 
-The hidden states lie in one flat file of rows, a row a token, in the order of the examples. The file has no name: it goes
-with the process, however that ends, and a resumed run makes it again, bit for bit.
+The hidden states lie in one flat file of rows, a row a token, in the order of the examples. The file has no name: it
+goes with the process, however that ends, and a resumed run makes it again, bit for bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kept_bytes(model: Model, data: Dataset, stored: Stored) -> int:
 
 
 class KeptActivations:
-    """Examples with the hidden states that enter layer `start.layers`: a `Dataset` of batches whose streams hold them."""
+    """A `Dataset` whose batches hold the hidden states that enter layer `start.layers`."""
 
     def __init__(self, data: Dataset, rows: np.ndarray, start: HeadStart) -> None:
         self.data, self.rows, self.start = data, rows, start

@@ -292,9 +292,7 @@ def _losses(config: TrainConfig) -> Losses:
 class _Meter:
     """What the steps did and how fast, summed up in the run's progress."""
 
-    def __init__(
-        self, model: Model, data: Dataset, config: TrainConfig, progress: Progress, known_layers: int
-    ) -> None:
+    def __init__(self, model: Model, data: Dataset, config: TrainConfig, progress: Progress, known_layers: int) -> None:
         self.progress = progress
         self.work = model.training_work(known_layers)
         mean_tokens = max(1, round(float(data.lengths.mean()) * min(config.batch_size, len(data))))

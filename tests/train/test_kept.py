@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.train.parts import InMemory, batch_of, classifier, distance, rows, tiny_bert, tiny_llama, tokenizer
+from tests.train.parts import (
+    VOCABULARY,
+    InMemory,
+    batch_of,
+    classifier,
+    distance,
+    rows,
+    tiny_bert,
+    tiny_llama,
+    tokenizer,
+)
 
+from lexmill import models
 from lexmill.adapt import AdaptConfig, adapt
 from lexmill.data import Tokens
 from lexmill.data.batch import Example
-from lexmill.models import Model
+from lexmill.models import Model, RecurrentConfig
 from lexmill.tasks import Classify
 from lexmill.tasks.inputs import dense, packed
 from lexmill.train import Store, TrainConfig, Trainer, TrainResult, keep_activations, kept_bytes
@@ -30,9 +42,16 @@ METHODS = {
 Case = tuple[Model, Classify, InMemory]
 
 
-def case(method: AdaptConfig, *, decoder: bool = False) -> Case:
+TRUNKS: dict[str, Callable[[], Model]] = {
+    "bert": lambda: tiny_bert(num_layers=3),
+    "llama": lambda: tiny_llama(num_layers=3),
+    "lstm": lambda: models.init(RecurrentConfig(VOCABULARY, "lstm", 24, 16, num_layers=3, dropout=0.0), "lstm", 0),
+}
+
+
+def case(method: AdaptConfig, trunk: str = "bert") -> Case:
     """Pairs of texts of many lengths for three layers, so that positions and types matter."""
-    model = tiny_llama(num_layers=3) if decoder else tiny_bert(num_layers=3)
+    model = TRUNKS[trunk]()
     data = [{**row, "other": row["label"] * (i % 4 + 1)} for i, row in enumerate(rows(21))]
     task = classifier(data, model, columns={"text": "text", "text_pair": "other", "label": "label"})
     torch.manual_seed(2)
@@ -47,14 +66,15 @@ def train(model: Model, task: Classify, data: Dataset, **more: Any) -> tuple[lis
 
 
 @pytest.mark.parametrize(
-    ("kind", "decoder"), [*((kind, False) for kind in METHODS), ("upper two", True), ("heads alone", True)]
+    ("kind", "trunk"),
+    [*((kind, "bert") for kind in METHODS), ("upper two", "llama"), ("heads alone", "llama"), ("upper two", "lstm")],
 )
-def test_a_run_on_kept_activations_is_the_run_without(kind: str, decoder: bool, tmp_path: Path) -> None:
+def test_a_run_on_kept_activations_is_the_run_without(kind: str, trunk: str, tmp_path: Path) -> None:
     method, layers = METHODS[kind]
-    slow, task, data = case(method, decoder=decoder)
+    slow, task, data = case(method, trunk)
     assert len(set(data.lengths.tolist())) > 5
     expected, whole = train(slow, task, data)
-    fast, task, data = case(method, decoder=decoder)
+    fast, task, data = case(method, trunk)
     assert fast.untrained_layers() == layers
     with keep_activations(fast, data, layers, tmp_path) as kept:
         assert kept.start.bytes == kept_bytes(fast, data, "fp32") == data.lengths.sum() * 32 * 4

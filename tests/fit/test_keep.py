@@ -28,8 +28,9 @@ def test_the_lower_layers_run_once_where_they_are_not_trained(recipe: Recipe, tm
     assert effect["kept_layers"] == 1
     assert effect["kept_bytes"] > 48 * 32 * 4
     assert effect["kept_seconds"] > 0
-    # One layer of two in every epoch, the other in one of three.
-    assert effect["forward_saved"] == pytest.approx(1 / 3, abs=0.02)
+    # Every step computes one layer of two; the other was computed once for three epochs.
+    assert effect["forward_known"] == pytest.approx(1 / 2)
+    assert effect["positions_per_token"] == pytest.approx(1 / 2 + 1 / 6, abs=0.02)
     assert not any("kept" in path.name for path in (tmp_path / "out").rglob("*"))
 
 
@@ -39,6 +40,7 @@ def test_the_lower_layers_run_once_where_they_are_not_trained(recipe: Recipe, tm
         ({"method": "lora"}, {"epochs": 2}, "down to the lowest layer"),
         (UPPER, {"epochs": 1}, "only once"),
         (UPPER | {"keep_gigabytes": 1e-5}, {"epochs": 2}, "more than adapt.keep_gigabytes"),
+        (UPPER, {"epochs": 2, "adversarial": "fgm"}, "moves the word vectors"),
     ],
 )
 def test_where_nothing_can_be_kept_a_run_goes_without_and_insisting_is_an_error(

@@ -55,8 +55,8 @@ def _lowest(layers: int) -> str:
 
 
 def keeping_effect(start: HeadStart, training: TrainResult) -> dict[str, float]:
-    """For the run's record: what was kept, and what that cost; what it saved stands in `forward_known`, the share of all
-    passes of a token through a layer that training did not have to compute.
+    """For the run's record: what was kept, and what that cost. What it saved stands in `forward_known`, the share of
+    all passes of a token through a layer that training did not have to compute.
 
     Raises:
         Failure: it saved nothing, since the task gives the model other tokens than those of the examples.

@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lexmill.adapt.methods import ADAPTER, linears
+from lexmill.adapt.peft_load import as_lora, load_prompts
 from lexmill.errors import UserError
 from lexmill.models import Model, families, head_tensors, module_names, trunk_prefix
 from lexmill.nn.lora import LoraLinear, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ROOT = "base_model.model."
-_TASKS = {"classifier": "SEQ_CLS", "lm": "CAUSAL_LM"}
+ROOT = "base_model.model."
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
+TASKS = {"classifier": "SEQ_CLS", "lm": "CAUSAL_LM"}
 
 
 def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) -> None:
@@ -42,14 +44,14 @@ def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) 
         adapter = layer.adapter(name)
         adapters.append(adapter)
         targets.append(prefix + placed[f"{ours}.{leaf}"])
-        tensors[f"{_ROOT}{targets[-1]}.lora_A.weight"] = adapter.a
-        tensors[f"{_ROOT}{targets[-1]}.lora_B.weight"] = adapter.b
+        tensors[f"{ROOT}{targets[-1]}.lora_A.weight"] = adapter.a
+        tensors[f"{ROOT}{targets[-1]}.lora_B.weight"] = adapter.b
     kind, heads = head_tensors(model)
-    tensors |= {f"{_ROOT}{theirs}": tensor for theirs, tensor in heads.items()}
+    tensors |= {f"{ROOT}{theirs}": tensor for theirs, tensor in heads.items()}
     rank, scale = len(adapters[0].a), adapters[0].scale
     config = {
         "peft_type": "LORA",
-        "task_type": _TASKS.get(kind or ""),
+        "task_type": TASKS.get(kind or ""),
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": scale * rank,
@@ -68,19 +70,24 @@ def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) 
 def load_adapter(model: Model, directory: Path, name: str = ADAPTER) -> None:
     """Add the low-rank matrices that `peft` or `save_adapter` wrote, and make them the active ones.
 
+    AdaLoRA's matrices are loaded as LoRA's; a prefix or a prompt is put in front.
+
     Raises:
         UserError: files that are missing, broken, of another method, or for another model.
     """
     config, tensors = _read(directory)
     where = str(directory / WEIGHTS)
+    if config["peft_type"] in PROMPTS:
+        load_prompts(model, config, tensors, where)
+        return
     theirs = {their: ours for ours, their in module_names(model).items()}
     prefix = families.find(model.family).prefix
     scale = float(config["lora_alpha"]) / int(config["r"]) ** (0.5 if config.get("use_rslora") else 1.0)
     found = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
     for key in sorted(found):
-        ours = theirs.get(key.removeprefix(_ROOT).removeprefix(prefix))
+        ours = theirs.get(key.removeprefix(ROOT).removeprefix(prefix))
         if ours is None:
-            raise UserError(f"the model has no layer '{key.removeprefix(_ROOT)}'", where=where)
+            raise UserError(f"the model has no layer '{key.removeprefix(ROOT)}'", where=where)
         path, _, leaf = ours.rpartition(".")
         parent = model.trunk.get_submodule(path)
         layer: Any = getattr(parent, leaf)
@@ -89,7 +96,7 @@ def load_adapter(model: Model, directory: Path, name: str = ADAPTER) -> None:
             setattr(parent, leaf, layer)
         a, b = tensors[f"{key}.lora_A.weight"], tensors.get(f"{key}.lora_B.weight")
         if b is None or a.shape[1:] != (layer.in_features,) or b.shape != (layer.out_features, len(a)):
-            raise UserError(f"the matrices of '{key.removeprefix(_ROOT)}' do not fit the model", where=where)
+            raise UserError(f"the matrices of '{key.removeprefix(ROOT)}' do not fit the model", where=where)
         adapter = layer.add(name, len(a), scale, float(config.get("lora_dropout", 0.0)))
         with torch.no_grad():
             adapter.a.copy_(a)
@@ -102,9 +109,16 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no readable adapter: {error}", where=str(directory), hint="give peft's directory") from error
+    if config.get("peft_type") in PROMPTS:
+        return config, tensors
+    if config.get("peft_type") == "ADALORA":
+        config, tensors = as_lora(config, tensors)
     for key in ("fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise UserError(f"{config[key]!r} cannot be represented", where=f"{directory / CONFIG}: {key}")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise UserError("only LoRA without trained biases can be loaded", where=str(directory / CONFIG))
+        raise UserError(
+            "only LoRA without trained biases, AdaLoRA, a prefix or a prompt can be loaded",
+            where=str(directory / CONFIG),
+        )
     return config, tensors

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmill import models
-from lexmill.adapt import ADAPTER, Adapted, adapt, save_adapter
+from lexmill.adapt import ADAPTER, Adapted, adapt, save_adapted
 from lexmill.artifact import (
     Artifact,
     Environment,
@@ -161,7 +161,10 @@ class _Run:
         if adapted.trained < adapted.total:
             share = f"{adapted.trained / adapted.total:.2%}"
             self.watch.note(f"training {adapted.trained:,} of {adapted.total:,} weights ({share})")
-        training, start = self._train()
+        if adapted.stored is not None:
+            before, after = adapted.stored
+            self.watch.note(f"the matrices of the layers take {after:,} bytes in place of {before:,}")
+        training, start = self._train(adapted)
         effect = training.effect()
         effect |= self._finish(adapted) | keeping_effect(start, training)
         test = self._test()
@@ -174,7 +177,7 @@ class _Run:
         self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
         return manifest
 
-    def _train(self) -> tuple[TrainResult, HeadStart]:
+    def _train(self, adapted: Adapted) -> tuple[TrainResult, HeadStart]:
         prepared, config = self.prepared, self.prepared.config
         self.watch.note("tokenizing")
         cache = tokenized(prepared)
@@ -191,6 +194,7 @@ class _Run:
                 validate=(lambda: evaluate(self._engine(), rows()).metrics.values) if validating else None,
                 store=store,
                 start=start,
+                companion=adapted.companion,
             )
             if trainer.resume():
                 self.watch.note(f"going on from step {trainer.progress.step:,} of {trainer.total_steps:,}")
@@ -200,19 +204,18 @@ class _Run:
 
     def _finish(self, adapted: Adapted) -> dict[str, float]:
         """Write the adapter down and merge it; gives what adapting did. Raises `Failure` where it did nothing."""
-        moved = adapted.moved()
-        if not moved:
+        if not adapted.moved():
             raise Failure("adapting changed nothing", where="adapt", hint="raise train.learning_rate or train.epochs")
-        effect = {"trained_weights": float(adapted.trained), "weights": float(adapted.total)}
-        if self.prepared.config.adapt.method == "lora":
+        effect = adapted.effect()
+        if adapted.added:
             folder = self.writer.path(f"adapters/{ADAPTER}/adapter_config.json").parent
             try:
-                save_adapter(self.model, folder, str(self.prepared.model_directory))
+                save_adapted(adapted, folder, str(self.prepared.model_directory))
             except UserError as error:
                 folder.rmdir()
                 self.watch.note(f"the adapter is in the model, and not kept beside it: {error.message}")
         adapted.merge()
-        return effect | {"trunk_moved": moved}
+        return effect
 
     def _test(self) -> Evaluation | None:
         test = self.prepared.sources.test

@@ -11,12 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lexmill.errors import UserError
 from lexmill.models.config import LayerShape, ModelConfig
 from lexmill.models.trunk import Only, TokenEmbeddings, Trunk, known_states
 from lexmill.nn.attention import Attention
 from lexmill.nn.cache import Cache, KVCache, LayerCache
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.embedding import Embedding
+from lexmill.nn.front import Front, Prompt
 from lexmill.nn.layout import Layout, Packed
 from lexmill.nn.mlp import MLP
 from lexmill.nn.norm import norm
@@ -41,6 +43,7 @@ class Embeddings(TokenEmbeddings):
         self.task_type = Embedding(config.task_type_vocab_size, size) if config.task_type_vocab_size else None
         self.norm = norm(config.norm, size, config.norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout)
+        self.prompt: Prompt | None = None
 
     def forward(
         self,
@@ -115,6 +118,9 @@ class Block(nn.Module):
         """The residual and what attention adds to it, of the rows wanted."""
         if only == "all":
             return hidden, self.attention(normed, layout, rope=rope, cache=cache, collect=collect)
+        if only == "first" and self.attention.starts_late:
+            mixed = self.attention(normed, layout, rope=rope, cache=cache, collect=collect)
+            return select(hidden, layout, only), select(mixed, layout, only)
         asked = select(normed, layout, only)
         turned = None if rope is None else Rope(select(rope.cos, layout, only), select(rope.sin, layout, only))
         packed = isinstance(layout, Packed)
@@ -164,9 +170,49 @@ class Transformer(Trunk):
         until: int | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """See `Trunk.forward`. With `only`, the last layer computes queries, output and feed-forward for one token a
-        sequence; layers tell `collect` of `query`, `key` and `value` too."""
+        sequence; layers tell `collect` of `query`, `key` and `value` too.
+
+        With a prompt in front of the input, `all` gives the rows of the tokens that were given, `first` that of the
+        prompt's first embedding, as `peft` has it; a cache keeps the prompt's keys and values, and `collect` is given
+        its rows too.
+        """
         if cache is not None and not isinstance(cache, KVCache):
             raise TypeError("a transformer needs a cache of keys and values")
+        learned = self.embeddings.position is not None
+        if learned and cache is None and isinstance(layout, Packed) and layout.max_length > self.max_tokens:
+            hint = "shorten texts, with options.max_length"
+            raise UserError(f"a text has {layout.max_length} tokens, and room for {self.max_tokens}", hint=hint)
+        prompt = self.embeddings.prompt
+        if prompt is None or (cache is not None and not cache.is_empty):
+            return self._arranged(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
+        front = Front.of(layout, len(prompt))
+        embeds = self.embeddings.token(ids) if inputs_embeds is None else inputs_embeds
+        zeros = ids.new_zeros(len(prompt))
+        hidden = self._arranged(
+            front.join(ids, zeros),
+            front.join(positions + len(prompt), torch.arange(len(prompt), device=ids.device)),
+            front.layout,
+            None if types is None else front.join(types, zeros),
+            cache,
+            only,
+            collect,
+            front.join(embeds, prompt.weight),
+            until,
+        )
+        return front.leave(hidden) if only == "all" else hidden
+
+    def _arranged(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        types: Int[Tensor, "*rows"] | None,
+        cache: KVCache | None,
+        only: Only,
+        collect: list[dict[str, Tensor]] | None,
+        inputs_embeds: Float[Tensor, "*rows dim"] | None,
+        until: int | None,
+    ) -> Float[Tensor, "*some_rows dim"]:
         if cache is not None or collect is not None or not isinstance(layout, Packed) or layout.grouped is None:
             return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
         # Sequences of equal length become neighbours here, once, so that no layer has to gather them.
@@ -188,6 +234,8 @@ class Transformer(Trunk):
         inputs_embeds: Float[Tensor, "*rows dim"] | None,
         until: int | None,
     ) -> Float[Tensor, "*some_rows dim"]:
+        if self.prefix_length:
+            positions = positions + self.prefix_length
         count = len(self.layers)
         whole = cache is not None or collect is not None or inputs_embeds is not None
         known = None if whole else known_states(ids, layout)
@@ -227,7 +275,23 @@ class Transformer(Trunk):
     def _reach(self, layout: Layout, cache: KVCache | None) -> int:
         """More than the largest position."""
         reached = layout if cache is None else cache.key_layout
-        return reached.max_length if isinstance(reached, Packed) else reached.mask.shape[1]
+        longest = reached.max_length if isinstance(reached, Packed) else reached.mask.shape[1]
+        return longest + self.prefix_length
+
+    @property
+    def prefix_length(self) -> int:
+        """Trained keys in front of every sequence; its tokens stand at the positions after them."""
+        blocks = (layer for layer in self.layers if isinstance(layer, Block))
+        return max((len(b.attention.prefix) for b in blocks if b.attention.prefix is not None), default=0)
+
+    @property
+    def max_tokens(self) -> int:
+        prompt = self.embeddings.prompt
+        return self.config.max_positions - self.prefix_length - (0 if prompt is None else len(prompt))
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.embeddings.prompt is not None
 
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty cache for this many sequences, in the precision and on the device of the weights."""

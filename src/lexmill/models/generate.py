@@ -37,7 +37,7 @@ def greedy(
     model has no more positions. An empty or over-long prompt is a `UserError`. The model should be in `eval` mode.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    longest = model.config.max_positions
+    longest = model.trunk.max_tokens
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest:
             hint = f"give at least one and at most {longest} tokens"

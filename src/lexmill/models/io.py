@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from lexmill.errors import UserError
 from lexmill.models import families
 from lexmill.models.config import read_overrides
-from lexmill.models.families import Family
+from lexmill.models.families import Family, Stored
 from lexmill.models.heads import ClassifierHead, Head, LMHead, build_head
 from lexmill.models.model import Model, Origin
 from lexmill.models.trunk import Structure, Trunk
+from lexmill.nn.addition import restore_additions
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OWN_KEY = "lexmill"
 """The key of config.json under which the structure stands that Hugging Face has no key for."""
+_ADDED = "added."
+"""What names begin with of trunk tensors that no table has: those of additions."""
 
 
 def init(config: Structure, family: str, seed: int) -> Model:
@@ -74,6 +77,7 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     files = _Files(directory)
     with torch.device("meta"):
         trunk = family.trunk(config)
+        restore_additions(trunk, own.get("additions", {}), f"{where}: {OWN_KEY}.additions")
     state, origin = _trunk_tensors(files, family, trunk, dtype)
     trunk.load_state_dict(state, strict=True, assign=True)
     origin.config = hf
@@ -104,10 +108,11 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     old = model.origin.prefix
     moved = {name: _moved(name, family, old, prefix) for name in model.extras}
     tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
-    placed = family.stored(model.config.num_layers)
+    state = model.trunk.state_dict()
+    placed = _placed(family, model.config.num_layers, state)
     parts: dict[str, list[Tensor]] = {}
-    for ours, tensor in sorted(model.trunk.state_dict().items(), key=lambda item: placed[item[0]].part):
-        theirs = prefix + model.origin.names.get(ours, placed[ours].name)
+    for ours, tensor in sorted(state.items(), key=lambda item: placed[item[0]].part):
+        theirs = _file_name(prefix, model.origin.names.get(ours, placed[ours].name))
         parts.setdefault(theirs, []).append(tensor)
         tensors[theirs] = placed[ours].join(parts[theirs])
     for name, head in model.heads.items():
@@ -116,6 +121,16 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
             if not tied or theirs in tensors:
                 tensors[theirs] = head.get_parameter(ours)
     return tensors
+
+
+def _placed(family: Family, num_layers: int, state: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Where files keep trunk tensors: as the family's table has it, or under a name of their own."""
+    table = family.stored(num_layers)
+    return {ours: table.get(ours) or Stored(_ADDED + ours) for ours in state}
+
+
+def _file_name(prefix: str, theirs: str) -> str:
+    return theirs if theirs.startswith(_ADDED) else prefix + theirs
 
 
 def module_names(model: Model) -> dict[str, str]:
@@ -247,29 +262,31 @@ def _trunk_tensors(
     files: _Files, family: Family, trunk: Trunk, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], Origin]:
     """The trunk's state, and under which names it stood."""
-    placed = family.stored(trunk.config.num_layers)
-    wanted = {ours: (placed[ours].name, tensor.shape) for ours, tensor in trunk.state_dict().items()}
+    state = trunk.state_dict()
+    placed = _placed(family, trunk.config.num_layers, state)
+    wanted = {ours: (placed[ours].name, tensor.shape) for ours, tensor in state.items()}
     found = {family.canonical(name): name for name in files.names}
     prefix = max(("", family.prefix), key=lambda start: sum(start + theirs in found for theirs, _ in wanted.values()))
-    missing = [prefix + theirs for theirs, _ in wanted.values() if prefix + theirs not in found]
+    wanted = {ours: (_file_name(prefix, theirs), shape) for ours, (theirs, shape) in wanted.items()}
+    missing = [theirs for theirs, _ in wanted.values() if theirs not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"the tensor '{missing[0]}'{more} is missing", where=files.where(missing[0]))
-    known = {prefix + theirs for theirs, _ in wanted.values()}
+    known = {theirs for theirs, _ in wanted.values()}
     for name, stored in found.items():
         inside = name.startswith(prefix) and family.in_trunk(name.removeprefix(prefix))
         if inside and name not in known:
             hint = f"{CONFIG} describes a model without it"
             raise UserError(f"unexpected tensor '{stored}'", where=files.where(stored), hint=hint)
-    state: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     origin = Origin(prefix=prefix)
     for ours, (theirs, shape) in wanted.items():
-        stored = found[prefix + theirs]
+        stored = found[theirs]
         place = placed[ours]
-        state[ours] = place.take(files.read(stored, place.shape(shape), dtype))
-        if stored != prefix + theirs:
+        loaded[ours] = place.take(files.read(stored, place.shape(shape), dtype))
+        if stored != theirs:
             origin.names[ours] = stored.removeprefix(prefix)
-    return state, origin
+    return loaded, origin
 
 
 def _attach_heads(model: Model, recorded: Mapping[str, Mapping[str, Any]], files: _Files, where: str) -> None:

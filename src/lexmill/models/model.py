@@ -15,6 +15,7 @@ from lexmill.models import families
 from lexmill.models.backbone import initialise
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
 from lexmill.models.trunk import Only, Structure, Trunk
+from lexmill.nn.addition import describe_additions
 from lexmill.nn.attention import Attention
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.layout import Layout
@@ -97,7 +98,7 @@ class Model(nn.Module):
     def untrained_layers(self) -> int:
         """How many layers from below give the same for a text however long one trains, dropout aside: those under the
         lowest trained weight. 0 where the embeddings, or anything beside the layers, are trained."""
-        lowest = len(self.trunk.layers)
+        lowest = 0 if self.trunk.has_prompt else len(self.trunk.layers)
         for name, parameter in self.trunk.named_parameters():
             part, _, rest = name.partition(".")
             if parameter.requires_grad and part != "norm":
@@ -113,6 +114,16 @@ class Model(nn.Module):
             for weight in self.trunk.matrices(layer):
                 work += weight.numel() * (2 + 2 * reached + 2 * weight.requires_grad)
         return work
+
+    def depth(self, name: str) -> int:
+        """How high a parameter stands, by its name: 0 for embeddings, from 1 on for layers, then all above them."""
+        match name.split("."):
+            case ["trunk", "embeddings", *_]:
+                return 0
+            case ["trunk", "layers", index, *_]:
+                return 1 + int(index)
+            case _:
+                return 1 + len(self.trunk.layers)
 
     def hidden(
         self,
@@ -160,6 +171,9 @@ class Model(nn.Module):
             return {name: self.heads[name](vector) for name in names}
         hidden = self.hidden(ids, positions, layout, types=types)
         views = {how: hidden if how is None else pool(hidden, layout, how) for how in set(wants.values())}
+        if "first" in views and self.trunk.has_prompt:
+            # The first row is then not among those of the tokens; a rare wish, that costs a second pass.
+            views["first"] = self.pooled(ids, positions, layout, types=types, how="first")
         return {name: self.heads[name](views[how]) for name, how in wants.items()}
 
     def add_head(self, name: str, head: Head) -> None:
@@ -225,10 +239,13 @@ class Model(nn.Module):
                 module.dropout = p
 
     def structure(self) -> dict[str, Any]:
-        """What a Hugging Face config cannot say: per-layer overrides and heads. Empty where there is neither."""
+        """What a Hugging Face config cannot say: per-layer overrides, additions to the trunk, heads. Empty where there
+        is none of them."""
         found: dict[str, Any] = {}
         if self.config.layers:
             found["layers"] = [asdict(layer) for layer in self.config.layers]
+        if additions := describe_additions(self.trunk):
+            found["additions"] = additions
         if self.heads:
             heads = {name: cast("Head", head) for name, head in self.heads.items()}
             found["heads"] = {name: {"kind": head.kind, **head.describe()} for name, head in heads.items()}

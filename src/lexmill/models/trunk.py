@@ -13,6 +13,7 @@ from lexmill.models.config import LayerOverride
 from lexmill.nn.cache import Cache
 from lexmill.nn.embedding import Embedding
 from lexmill.nn.layout import Layout, Packed
+from lexmill.nn.linear import Linear
 
 Only = Literal["all", "first", "last"]
 
@@ -97,6 +98,16 @@ class Trunk(nn.Module, ABC):
             until: stop before this layer, at least 1, and give the hidden states that enter it.
         """
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that it takes."""
+        return self.config.max_positions
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether there are rows in front of a sequence, so that `first` gives a row that is not among its tokens'."""
+        return False
+
     @abstractmethod
     def new_cache(self, num_sequences: int, capacity: int) -> Cache:
         """An empty cache for this many sequences; `capacity` is the tokens of each that it should have room for."""
@@ -107,7 +118,8 @@ class Trunk(nn.Module, ABC):
 
     def matrices(self, layer: nn.Module) -> list[Tensor]:
         """The weights of a layer, `[out, in]`, that each of its tokens is multiplied by."""
-        return [part.weight for part in layer.modules() if isinstance(part, nn.Linear)]
+        linear = (part for part in layer.modules() if isinstance(part, nn.Linear))
+        return [part.matrix if isinstance(part, Linear) else part.weight for part in linear]
 
     def matmul_shapes(self) -> list[tuple[int, int]]:
         """(in, out) of every matrix that each token is multiplied by."""

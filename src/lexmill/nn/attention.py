@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexmill.errors import UserError
 from lexmill.nn import bucketed
 from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
+from lexmill.nn.front import Prefix
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
 from lexmill.nn.norm import NormKind, norm
@@ -287,6 +289,7 @@ class Attention(nn.Module):
         self.query_norm = norm(qk_norm[0], head_dim, qk_norm[1]) if qk_norm else None
         self.key_norm = norm(qk_norm[0], head_dim, qk_norm[1]) if qk_norm else None
         self.output = Linear(num_heads * head_dim, dim, bias=bias if output_bias is None else output_bias, role="row")
+        self.prefix: Prefix | None = None
 
     def forward(
         self,
@@ -324,6 +327,8 @@ class Attention(nn.Module):
             collect |= {"query": q, "key": k, "value": v}
         if cache is not None:
             k, v, k_layout = cache.extend(k, v)
+        if self.prefix is not None:
+            k, v, k_layout = self._behind_prefix(self.prefix, k, v, k_layout, bias)
         dropout = self.dropout if self.training else 0.0
         out = attend(
             q, k, v, layout, k_layout, causal=self.causal, window=self.window, bias=bias, dropout=dropout, align=align
@@ -336,6 +341,19 @@ class Attention(nn.Module):
         """What states are asked by and what they answer, before rotation."""
         k, v = self._heads(self.key(memory)), self._heads(self.value(memory))
         return (k if self.key_norm is None else self.key_norm(k)), v
+
+    def _behind_prefix(
+        self, prefix: Prefix, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Layout]:
+        if bias is not None:
+            hint = "adapt it in another way, such as lora"
+            raise UserError("a model with a bias by position cannot have a prefix", where="adapt.method", hint=hint)
+        return prefix.join(k, v, layout)
+
+    @property
+    def starts_late(self) -> bool:
+        """Whether a sequence's first query is not at position 0 among its keys, and sees others for it."""
+        return self.prefix is not None and (self.causal or self.window is not None)
 
     def _heads(self, x: Float[Tensor, "*rows wide"]) -> Float[Tensor, "*rows head dim"]:
         return x.unflatten(-1, (-1, self.head_dim))

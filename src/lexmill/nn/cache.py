@@ -89,6 +89,11 @@ class KVCache(Cache):
             mask = torch.arange(int(self._after.max())) < self._after[:, None]
             self.key_layout = Dense(mask.to(self.device))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence has a token in it."""
+        return not bool(self.lengths.any())
+
     def commit(self) -> None:
         """Every layer has stored its tokens."""
         self.lengths = self._after

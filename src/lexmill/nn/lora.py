@@ -43,11 +43,6 @@ class LowRank(nn.Module):
         return self.scale * (self.b @ self.a)
 
 
-def has_bias(layer: nn.Linear) -> bool:
-    """Whether a linear layer adds one."""
-    return "bias" in dict(layer.named_parameters(recurse=False))
-
-
 class LoraLinear(Linear):
     """A dense layer with low-rank adapters by name, of which one or none is active."""
 
@@ -57,33 +52,45 @@ class LoraLinear(Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.inside: str | None = None
+        """The adapter that the matrix holds, added in place."""
 
     @classmethod
     def around(cls, dense: Linear) -> LoraLinear:
         """A layer that shares the parameters of `dense`."""
-        with torch.device("meta"):
-            layer = cls(dense.in_features, dense.out_features, bias=has_bias(dense))
-        layer.role, layer.training = dense.role, dense.training
-        layer.weight, layer.bias = dense.weight, dense.bias
-        return layer
+        return cls.sharing(dense)
 
     def add(self, name: str, rank: int, scale: float, dropout: float = 0.0) -> LowRank:
         """Add an adapter, on the device and in the precision of the matrix, and make it the active one."""
         adapter = LowRank(self.in_features, self.out_features, rank, scale, dropout)
-        self.adapters[name] = adapter.to(self.weight.device, self.weight.dtype).train(self.training)
+        self.adapters[name] = adapter.to(self.like.device, self.like.dtype).train(self.training)
         self.active = name
         return adapter
 
     def merged(self) -> Linear:
         """A dense layer that computes the same with the active adapter inside its matrix. Its weight is new."""
-        with torch.device("meta"):
-            dense = Linear(self.in_features, self.out_features, bias=has_bias(self), role=self.role)
-        dense.training, dense.bias = self.training, self.bias
-        weight = self.weight.detach().clone()
-        if self.active is not None:
-            weight += self.adapter(self.active).delta().detach()
-        dense.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        return dense
+        return self.with_delta(None if self.active is None else self.adapter(self.active).delta())
+
+    def merge(self) -> None:
+        """Add the active adapter to the matrix in place; the layer is then as fast as a dense one."""
+        if self.active is None or self.inside is not None:
+            raise ValueError("there is no active adapter to merge, or one is inside already")
+        self.whole()
+        with torch.no_grad():
+            self.weight += self.adapter(self.active).delta()
+        self.inside, self.active = self.active, None
+
+    def unmerge(self) -> None:
+        """Take out what `merge` added, and make it the active adapter again.
+
+        The matrix is then what it was to within rounding, since a sum was rounded and a difference is. What is exact is
+        `merged`, which leaves this layer alone.
+        """
+        if self.inside is None:
+            raise ValueError("no adapter is inside the matrix")
+        with torch.no_grad():
+            self.weight -= self.adapter(self.inside).delta()
+        self.active, self.inside = self.inside, None
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         y = super().forward(input)

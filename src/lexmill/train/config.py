@@ -23,6 +23,8 @@ class TrainConfig:
         schedule: the learning rate after warm-up: `linear` or `cosine` to 0, `exponential` to a hundredth of the peak,
             `constant`, or `wsd`: constant, then linear to 0 in the last share `decay`.
         warmup: share of the steps in which the learning rate rises from 0 to its peak.
+        layer_decay: the learning rate of each layer is that of the one above times this (Clark et al. 2020): heads
+            learn at the full rate, the top layer at this share of it, embeddings the slowest.
         weight_decay: of matrices and embeddings; biases and norms are never decayed (Loshchilov and Hutter, 2019).
         optimizer: `adamw`; `sgd`; `adafactor`, which keeps a row and a column of second moments a matrix; or `muon` for
             the matrices of the trunk's layers, with AdamW for the rest.
@@ -58,6 +60,7 @@ class TrainConfig:
     schedule: Schedule = "linear"
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.0
     decay: Annotated[float, Gt(0), Le(1)] = 0.2
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
     weight_decay: Annotated[float, Ge(0)] = 0.0
     optimizer: Literal["adamw", "sgd", "adafactor", "muon"] = "adamw"
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9

@@ -21,6 +21,7 @@ from lexmill.tasks.base import Task
 from lexmill.train.adversarial import FGM, FreeLB
 from lexmill.train.average import Average
 from lexmill.train.checkpoint import Store
+from lexmill.train.companion import Companion
 from lexmill.train.config import TrainConfig
 from lexmill.train.kept import Dataset, HeadStart
 from lexmill.train.optimizer import Optimizer
@@ -90,6 +91,7 @@ class Trainer:
         validate: the task's metrics on validation data, by name; called after each epoch.
         store: where checkpoints go; none are written without it.
         start: what was computed before the first step; it counts in the run's seconds and positions.
+        companion: takes part in each step.
     """
 
     def __init__(
@@ -102,12 +104,16 @@ class Trainer:
         validate: Callable[[], Mapping[str, float]] | None = None,
         store: Store | None = None,
         start: HeadStart | None = None,
+        companion: Companion | None = None,
     ) -> None:
         config.check_stopping(validating=validate is not None)
         if config.recompute and not model.trunk.recomputes:
             raise UserError("this model keeps its activations", where="train.recompute", hint="leave it out")
+        if config.ema and companion is not None:
+            hint = "leave it out, or adapt with another method"
+            raise UserError("an average of weights would bring back what was taken out", where="train.ema", hint=hint)
         self.model, self.task, self.data, self.config = model, task, data, config
-        self.validate, self.store, self.start = validate, store, start or HeadStart()
+        self.validate, self.store, self.start, self.companion = validate, store, start or HeadStart(), companion
         self.order = _order(data, config)
         self.total_steps = config.epochs * self.order.steps_per_epoch
         self.optimizer = Optimizer(model, config)
@@ -128,6 +134,8 @@ class Trainer:
         if self.average is not None:
             self.average.load(saved.group("average"))
         self._best = saved.group("best")
+        if self.companion is not None:
+            self.companion.load(saved.group("companion"))
         self.progress = Progress.of(saved.state)
         return True
 
@@ -140,6 +148,8 @@ class Trainer:
         if self.average is not None:
             tensors |= {f"average.{name}": t for name, t in self.average.state().items()}
         tensors |= {f"best.{name}": t for name, t in self._best.items()}
+        if self.companion is not None:
+            tensors |= {f"companion.{name}": t for name, t in self.companion.state().items()}
         self.store.save(self.progress.step, tensors, asdict(self.progress))
 
     # --- running ----------------------------------------------------------------------------------------------
@@ -154,7 +164,8 @@ class Trainer:
         self.model.train()
         while self.progress.step < self.total_steps and not self.progress.stopped:
             result = self.step()
-            emit(self._event(result, meter.update(result)))
+            done = self.companion.after_update(self.progress.step, self.total_steps) if self.companion else {}
+            emit({**self._event(result, meter.update(result)), **done})
             self.progress.step += 1
             self._between_steps(emit)
         self.optimizer.close()
@@ -175,6 +186,10 @@ class Trainer:
             acted["ema_distance"] = self.average.put()
         if self.config.recompute:
             acted["recomputed_layers"] = float(len(self.model.trunk.layers))
+        shares = self.optimizer.shares
+        if len(shares) > 1:
+            rate = self.config.learning_rate
+            acted |= {"lowest_rate": shares[0] * rate, "highest_rate": shares[-1] * rate}
         if isinstance(self.order, BalancedOrder):
             acted["balanced_classes"] = float(self.order.num_classes)
         return acted
@@ -191,6 +206,7 @@ class Trainer:
             learning_rate=self._learning_rate(step),
             seed=step_seed(self.config.seed, step),
             manner=replace(self.manner, scale=scaling.value) if fp16 else self.manner,
+            before_update=self._before_update,
         )
         overflowed = fp16 and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
         if fp16:
@@ -206,6 +222,10 @@ class Trainer:
         for name, value in result.acted.items():
             self.progress.acted[name] = self.progress.acted.get(name, 0.0) + value
         return result
+
+    def _before_update(self, scale: float) -> None:
+        if self.companion is not None:
+            self.companion.before_update(self.progress.step, self.total_steps, scale)
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -262,8 +282,13 @@ class Trainer:
             **result.acted,
             "grad_norm": result.grad_norm,
             "learning_rate": self._learning_rate(step),
+            **self._rates(step),
             **speed,
         }
+
+    def _rates(self, step: int) -> dict[str, float]:
+        shares, rate = self.optimizer.shares, self._learning_rate(step)
+        return {"learning_rate/lowest": shares[0] * rate} if len(shares) > 1 else {}
 
 
 def _order(data: Dataset, config: TrainConfig) -> Order | BalancedOrder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lexmill.errors import UserError
+from lexmill.models import Model
 from lexmill.nn.embedding import Embedding
 from lexmill.train.config import TrainConfig
 from lexmill.train.torch_group import TorchGroup, adafactor, muon, sgd
@@ -183,6 +184,24 @@ class RowSparse:
         self.pending = 1.0
 
 
+def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix inside a layer of the trunk."""
+    return parameter.dim() == 2 and ".layers." in name
+
+
+def _shares(model: nn.Module, names: Iterable[str], decay: float) -> dict[str, float]:
+    """The share of the learning rate that each parameter gets."""
+    if decay == 1.0:
+        return dict.fromkeys(names, 1.0)
+    assert isinstance(model, Model), "only a model knows how high its parameters stand"
+    top = 1 + len(model.trunk.layers)
+    shares = {name: decay ** (top - model.depth(name)) for name in names}
+    if len(set(shares.values())) < 2:
+        hint = "train layers too, or leave it out"
+        raise UserError("all that is trained stands at one height", where="train.layer_decay", hint=hint)
+    return shares
+
+
 class Optimizer:
     """The update of a whole model: matrices decayed, vectors not.
 
@@ -191,34 +210,53 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        """Prepare for what is trained now. With a `layer_decay` the model must know the `depth` of its parameters.
+
+        Raises:
+            UserError: nothing that is trained stands at different heights, so that `layer_decay` would do nothing.
+        """
         self.rule = AdamW(config.beta1, config.beta2, config.epsilon)
         self.max_grad_norm = config.max_grad_norm
-        rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tables = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Embedding) and m.sparse}
+        if config.optimizer == "muon" and not any(map(_is_hidden, trained, trained.values())):
+            hint = "choose adamw, or train the trunk's layers"
+            raise UserError("no matrix of a layer is trained", where="train.optimizer", hint=hint)
         self.sparse: list[RowSparse] = []
         self.dense: list[DenseGroup | TorchGroup] = []
         self._made_dense: list[Embedding] = []
+        share = _shares(model, trained, config.layer_decay)
+        self.shares = sorted(set(share.values()))
+        """The shares of the learning rate that parameters get, from the lowest on."""
+        self._share_of: dict[int, float] = {}
+        for one in self.shares:
+            groups = self._groups({n: p for n, p in trained.items() if share[n] == one}, tables, config)
+            self._share_of |= {id(group): one for group in groups}
+
+    def _groups(
+        self, rest: dict[str, nn.Parameter], tables: Mapping[str, Embedding], config: TrainConfig
+    ) -> list[DenseGroup | TorchGroup | RowSparse]:
+        """Add what updates these parameters."""
         decay = config.weight_decay
+        dense: list[DenseGroup | TorchGroup] = []
+        sparse: list[RowSparse] = []
         if config.optimizer in ("sgd", "adafactor"):
-            for table in tables.values():
-                table.sparse = False
-                self._made_dense.append(table)
+            for name in rest.keys() & tables.keys():
+                tables[name].sparse = False
+                self._made_dense.append(tables[name])
             make = adafactor if config.optimizer == "adafactor" else sgd(config.momentum)
-            self.dense.append(TorchGroup(rest, decay, make))
-            return
-        if config.optimizer == "muon":
-            hidden = {n: p for n, p in rest.items() if p.dim() == 2 and ".layers." in n}
-            if not hidden:
-                hint = "choose adamw, or train the trunk's layers"
-                raise UserError("no matrix of a layer is trained", where="train.optimizer", hint=hint)
-            self.dense.append(TorchGroup(hidden, decay, muon(config.momentum)))
-            rest = {n: p for n, p in rest.items() if n not in hidden}
-        self.sparse = [RowSparse(name, table, decay) for name, table in tables.items() if name in rest]
-        rest = {name: p for name, p in rest.items() if name not in {table.name for table in self.sparse}}
-        self.dense += [
-            DenseGroup({n: p for n, p in rest.items() if p.dim() > 1}, decay),
-            DenseGroup({n: p for n, p in rest.items() if p.dim() <= 1}, 0.0),
-        ]
+            dense.append(TorchGroup(rest, decay, make))
+        else:
+            if config.optimizer == "muon" and (hidden := {n: p for n, p in rest.items() if _is_hidden(n, p)}):
+                dense.append(TorchGroup(hidden, decay, muon(config.momentum)))
+                rest = {n: p for n, p in rest.items() if n not in hidden}
+            sparse = [RowSparse(name, table, decay) for name, table in tables.items() if name in rest]
+            rest = {name: p for name, p in rest.items() if name not in tables}
+            dense.append(DenseGroup({n: p for n, p in rest.items() if p.dim() > 1}, decay))
+            dense.append(DenseGroup({n: p for n, p in rest.items() if p.dim() <= 1}, 0.0))
+        self.dense += dense
+        self.sparse += sparse
+        return [*dense, *sparse]
 
     @torch.no_grad()
     def step(self, learning_rate: float, loss_scale: float = 1.0) -> float:
@@ -240,10 +278,11 @@ class Optimizer:
         if loss_scale != 1.0:
             scale = norm.new_full((), loss_scale, dtype=torch.float32) * (1.0 if scale is None else scale)
         for group in (*self.dense, *self.sparse):
+            rate = learning_rate * self._share_of[id(group)]
             if isinstance(group, TorchGroup):
-                group.step(learning_rate, scale)
+                group.step(rate, scale)
             else:
-                group.step(self.rule, learning_rate, scale)
+                group.step(self.rule, rate, scale)
         self.zero_grad()
         return float(norm)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -132,14 +132,20 @@ def train_step(
     learning_rate: float,
     seed: int,
     manner: Manner | None = None,
+    before_update: Callable[[float], None] = lambda scale: None,
 ) -> StepResult:
     """Gradients of one optimiser batch, then one update. The model must be in training mode.
 
     Where a scaled loss overflowed, nothing is updated, and the gradient norm is infinite.
+
+    Args:
+        before_update: is called when all gradients are there, with what the loss was multiplied by.
     """
     manner, trunk = manner or Manner(), model.trunk
     computed, known = trunk.layer_rows, trunk.known_rows
     losses, acted = accumulate(model, task, micro_batches, seed=seed, manner=manner)
+    if losses:
+        before_update(manner.scale)
     norm = optimizer.step(learning_rate, manner.scale) if losses else 0.0
     computed, known = trunk.layer_rows - computed, trunk.known_rows - known
     if known:

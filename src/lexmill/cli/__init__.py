@@ -4,6 +4,7 @@ its own body, so that `lexmill --help` stays instant."""
 from __future__ import annotations
 
 import errno
+import keyword
 import os
 import sys
 from importlib import import_module
@@ -26,8 +27,15 @@ VERBS = {
     "serve": ("run", "Serve artefacts over HTTP."),
     "show": ("inspect", "Print what an artefact is, was made from and can do."),
     "verify": ("inspect", "Check that what was trained is what is served."),
+    "import": ("imports", "Make a Hugging Face directory of a GGUF file, which fit then takes as its model."),
 }
 """Every verb: the module it stands in, and its line in `lexmill --help`, which begins its docstring."""
+
+
+def function_of(verb: str) -> Any:
+    """The function that does a verb; its name ends in `_` where Python keeps the verb's for itself."""
+    return getattr(import_module(f"lexmill.cli.{VERBS[verb][0]}"), verb + "_" * keyword.iskeyword(verb))
+
 
 _STYLE: dict[str, Any] = {
     "add_completion": False,
@@ -47,7 +55,7 @@ class Verbs(TyperGroup):
         if cmd_name not in VERBS:
             return None
         verb = typer.Typer(**_STYLE)
-        verb.command(cmd_name)(getattr(import_module(f"lexmill.cli.{VERBS[cmd_name][0]}"), cmd_name))
+        verb.command(cmd_name)(function_of(cmd_name))
         return typer.main.get_command(verb)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

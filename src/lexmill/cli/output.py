@@ -31,15 +31,15 @@ def watch(*, quiet: bool) -> Watch:
 
 
 @contextmanager
-def counter(what: str, *, quiet: bool) -> Generator[Callable[[int], None] | None]:
-    """A count of rows done, on standard error, where that is a terminal."""
+def counter(what: str, *, quiet: bool, of: str = "rows") -> Generator[Callable[[int], None] | None]:
+    """A count of what is done, on standard error, where that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
 
     with Console(stderr=True).status(what) as status:
-        yield lambda done: status.update(f"{what}: {done:,} rows")
+        yield lambda done: status.update(f"{what}: {done:,} {of}")
 
 
 def columns(given: Sequence[str] | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from annotated_types import Ge, Lt
 
 from lexmill.adapt.config import AdaptConfig
 from lexmill.errors import UserError
+from lexmill.monitor.trackers import Tracker
 from lexmill.train.config import TrainConfig
 
 
@@ -50,6 +51,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """Where a run's events go besides its own `events.jsonl`; needs the extra `track`.
+
+    Args:
+        to: `tensorboard`, `mlflow`, `wandb` (offline); several are possible.
+        folder: where all of them write; `tracking` beside the artefact where not given.
+    """
+
+    to: tuple[Tracker, ...] = ()
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """One `fit`.
 
@@ -60,6 +74,7 @@ class FitConfig:
         options: what that task lets one set, such as `max_length`.
         adapt: see `AdaptConfig`.
         train: see `TrainConfig`.
+        track: see `TrackConfig`.
     """
 
     data: DataConfig
@@ -68,3 +83,4 @@ class FitConfig:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, recor
 from lexmill.fit.record import record_inputs
 from lexmill.hardware import describe, device, keep_heap
 from lexmill.models import Model
-from lexmill.monitor import Fanout, JsonlSink, Sink, read_events
+from lexmill.monitor import Fanout, JsonlSink, Sink, open_trackers, read_events
 from lexmill.train import HeadStart, Store, Trainer, TrainResult
 
 CARD_FILE = "card.md"
@@ -164,10 +164,12 @@ class _Run:
         if adapted.stored is not None:
             before, after = adapted.stored
             self.watch.note(f"the matrices of the layers take {after:,} bytes in place of {before:,}")
-        training, start = self._train(adapted)
-        effect = training.effect()
-        effect |= self._finish(adapted) | keeping_effect(start, training)
-        test = self._test()
+        with ExitStack() as ending:
+            training, start, tracked = self._train(adapted, ending)
+            effect = training.effect() | self._finish(adapted) | keeping_effect(start, training)
+            test = self._test()
+            if test is not None:
+                tracked.emit({"phase": "test", "step": training.steps, **test.metrics.values})
         self.model.cpu()
         self._write_model()
         if test is not None:
@@ -177,7 +179,8 @@ class _Run:
         self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
         return manifest
 
-    def _train(self, adapted: Adapted) -> tuple[TrainResult, HeadStart]:
+    def _train(self, adapted: Adapted, ending: ExitStack) -> tuple[TrainResult, HeadStart, Sink]:
+        """Also gives where the run is tracked, which is closed at `ending`."""
         prepared, config = self.prepared, self.prepared.config
         self.watch.note("tokenizing")
         cache = tokenized(prepared)
@@ -198,9 +201,22 @@ class _Run:
             )
             if trainer.resume():
                 self.watch.note(f"going on from step {trainer.progress.step:,} of {trainer.total_steps:,}")
-            events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=trainer.progress.step - 1)
+            last_step = trainer.progress.step - 1
+            tracked = ending.enter_context(closing(self._tracked(last_step)))
+            events = JsonlSink(self.writer.path(EVENTS_FILE), last_step=last_step)
             with closing(Fanout(events, *self.watch.sinks)) as sinks:
-                return trainer.run(sinks.emit), start
+                return trainer.run(Fanout(sinks, tracked).emit), start, tracked
+
+    def _tracked(self, last_step: int) -> Fanout:
+        config, out = self.prepared.config, self.writer.out
+        if not config.track.to:
+            return Fanout()
+        parts = {"options": config.options, "adapt": to_dict(config.adapt), "train": to_dict(config.train)}
+        settings = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        settings |= {"task": config.task, "model": config.model, "data.train": str(config.data.train)}
+        folder = config.track.folder or out.parent / "tracking"
+        self.watch.note(f"tracking by {', '.join(config.track.to)} in {folder}")
+        return Fanout(*open_trackers(config.track.to, folder, out.name, settings, last_step=last_step))
 
     def _finish(self, adapted: Adapted) -> dict[str, float]:
         """Write the adapter down and merge it; gives what adapting did. Raises `Failure` where it did nothing."""

@@ -2,6 +2,7 @@
 
 from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride, ModelConfig
+from lexmill.models.encoder_decoder import EncoderDecoder, Memory
 from lexmill.models.generate import Generated, greedy
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LanguageShape, LMHead, register_head
 from lexmill.models.io import head_tensors, init, init_like, load, module_names, save, trunk_prefix, weights_digest
@@ -12,11 +13,13 @@ from lexmill.models.trunk import Structure, Trunk
 __all__ = [
     "ClassifierHead",
     "ClassifierShape",
+    "EncoderDecoder",
     "Generated",
     "Head",
     "LMHead",
     "LanguageShape",
     "LayerOverride",
+    "Memory",
     "Model",
     "ModelConfig",
     "Recurrent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
@@ -23,6 +24,7 @@ from lexmill.nn.layout import Layout, Packed
 from lexmill.nn.mlp import MLP
 from lexmill.nn.norm import norm
 from lexmill.nn.pooling import select
+from lexmill.nn.relative import RelativeBias
 from lexmill.nn.rotary import Rope, Rotary
 
 
@@ -77,6 +79,7 @@ class Block(nn.Module):
             bias=config.attention_bias,
             output_bias=config.attention_output_bias,
             qk_norm=(config.norm, config.norm_eps) if config.qk_norm else None,
+            scaled=config.attention_scaled,
             causal=config.causal,
             window=shape.window,
             dropout=config.attention_dropout,
@@ -92,16 +95,17 @@ class Block(nn.Module):
         layout: Layout,
         *,
         rope: Rope | None = None,
+        bias: Float[Tensor, "head q_pos k_pos"] | None = None,
         only: Only = "all",
         cache: LayerCache | None = None,
         collect: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """The next hidden state; with `only`, that of the first or last token of each sequence, `[seq, dim]`."""
         if self.pre_norm:
-            x, mixed = self._attend(hidden, self.attention_norm(hidden), layout, rope, only, cache, collect)
+            x, mixed = self._attend(hidden, self.attention_norm(hidden), layout, rope, bias, only, cache, collect)
             x = self.dropout.onto(x, mixed)
             return self.dropout.onto(x, self.mlp(self.mlp_norm(x)))
-        x, mixed = self._attend(hidden, hidden, layout, rope, only, cache, collect)
+        x, mixed = self._attend(hidden, hidden, layout, rope, bias, only, cache, collect)
         x = self.attention_norm(self.dropout.onto(x, mixed))
         return self.mlp_norm(self.dropout.onto(x, self.mlp(x)))
 
@@ -111,15 +115,16 @@ class Block(nn.Module):
         normed: Float[Tensor, "*rows dim"],
         layout: Layout,
         rope: Rope | None,
+        bias: Float[Tensor, "head q_pos k_pos"] | None,
         only: Only,
         cache: LayerCache | None,
         collect: dict[str, Tensor] | None,
     ) -> tuple[Float[Tensor, "*some_rows dim"], Float[Tensor, "*some_rows dim"]]:
         """The residual and what attention adds to it, of the rows wanted."""
         if only == "all":
-            return hidden, self.attention(normed, layout, rope=rope, cache=cache, collect=collect)
+            return hidden, self.attention(normed, layout, rope=rope, bias=bias, cache=cache, collect=collect)
         if only == "first" and self.attention.starts_late:
-            mixed = self.attention(normed, layout, rope=rope, cache=cache, collect=collect)
+            mixed = self.attention(normed, layout, rope=rope, bias=bias, cache=cache, collect=collect)
             return select(hidden, layout, only), select(mixed, layout, only)
         asked = select(normed, layout, only)
         turned = None if rope is None else Rope(select(rope.cos, layout, only), select(rope.sin, layout, only))
@@ -134,6 +139,7 @@ class Block(nn.Module):
             layout,
             rope=turned,
             memory_rope=rope,
+            bias=bias,
             align="start" if only == "first" else "end",
             cache=cache,
             collect=collect,
@@ -150,11 +156,17 @@ class Transformer(Trunk):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.fan_in = config.initializer_fan_in
         self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.layers = nn.ModuleList(Block(config, config.layer(i)) for i in range(config.num_layers))
         self.norm = norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else nn.Identity()
         rotary = config.positions == "rotary"
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling) if rotary else None
+        self.relative = (
+            RelativeBias(config.num_heads, config.relative_buckets, config.relative_max_distance, both_ways=True)
+            if config.positions == "relative"
+            else None
+        )
 
     def forward(
         self,
@@ -253,6 +265,7 @@ class Transformer(Trunk):
             cache.begin(layout)
             caches = cache.layers
         rope = None if self.rotary is None else self.rotary(positions, self._reach(layout, cache), x.dtype)
+        bias = None if self.relative is None else self.relative(self._reach(layout, cache))
         if collect is not None:
             collect.append({"hidden": x})
         again = self.recompute and self.training and torch.is_grad_enabled()
@@ -261,7 +274,8 @@ class Transformer(Trunk):
             last = index == count - 1
             block = self.layers[index]
             run = partial(checkpoint, block, use_reentrant=False) if again else block
-            x = run(x, layout, rope=rope, only=only if last else "all", cache=caches[index], collect=seen)
+            wanted: Only = only if last else "all"
+            x = run(x, layout, rope=rope, bias=bias, only=wanted, cache=caches[index], collect=seen)
             if collect is not None and seen is not None:
                 collect.append(seen | {"hidden": x})
         if cache is not None:
@@ -300,16 +314,28 @@ class Transformer(Trunk):
         return KVCache(shapes, num_sequences, capacity, weight.dtype, weight.device)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        initialise(self, self.config.initializer_range, generator)
+        initialise(self, self.config.initializer_range, generator, fan_in=self.fan_in)
 
 
-def initialise(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
-    """Draw new weights: tables and matrices from a normal distribution, biases 0, norms 1."""
+def initialise(
+    module: nn.Module, std: float, generator: torch.Generator | None = None, *, fan_in: bool = False
+) -> None:
+    """Draw new weights: tables and matrices from a normal distribution, biases 0, norms 1.
+
+    With `fan_in` the deviation of a matrix is divided by the square root of its inputs, and that of queries by that of
+    `head_dim` too where scores are not.
+    """
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, (nn.Linear, nn.Embedding)):
-                part.weight.normal_(0.0, std, generator=generator)
+                inputs = part.in_features if fan_in and isinstance(part, nn.Linear) else 1
+                part.weight.normal_(0.0, std / math.sqrt(inputs), generator=generator)
             elif isinstance(getattr(part, "weight", None), nn.Parameter):
                 nn.init.ones_(part.get_parameter("weight"))
             if isinstance(getattr(part, "bias", None), nn.Parameter):
                 nn.init.zeros_(part.get_parameter("bias"))
+        for part in module.modules():
+            if isinstance(part, RelativeBias):
+                nn.init.zeros_(part.table.weight)
+            elif isinstance(part, Attention) and fan_in and not part.scaled:
+                part.query.weight.div_(math.sqrt(part.head_dim))

@@ -40,6 +40,8 @@ class ModelConfig:
     """A transformer's structure.
 
     Args:
+        decoder_layers: layers of a decoder that reads the last hidden state; 0 for none.
+        start_token: the token that a decoder is given first.
         num_kv_heads: heads of keys and values, which divide `num_heads`.
         max_positions: the longest sequence, in tokens.
         position_offset: rows of a `learned` position table before that of the first token (RoBERTa).
@@ -48,15 +50,19 @@ class ModelConfig:
         norm_place: `post` normalises after each residual sum (BERT), `pre` before each sub-layer (LLaMA).
         embedding_norm, final_norm: whether the sum of embeddings, and the last hidden state, is normalised.
         rope_theta, rope_scaling: of `rotary` positions.
+        relative_buckets, relative_max_distance: of `relative` positions, see `nn.relative`.
         gated: whether the feed-forward layer has a gate.
         window: a token sees only those fewer than this many positions away; None for all.
         attention_bias: of queries, keys, values and output; `mlp_bias` of the feed-forward layers.
         attention_output_bias: of the output, where it is not as `attention_bias` says.
+        attention_scaled: whether scores are divided by the square root of `head_dim`.
         qk_norm: whether each head's queries and keys are normalised, before rotation.
         tied_output: whether an output head shares the token embedding.
+        output_scale: what a language head multiplies hidden states by.
         dropout: of embeddings and sub-layer outputs; `attention_dropout` of attention weights.
-        initializer_range: the standard deviation of new weights.
-        layers: one override a layer, or none at all.
+        initializer_range: the standard deviation of new weights; with `initializer_fan_in` that of matrices is divided
+            by the square root of their inputs.
+        layers: one override a layer, those of a decoder last, or none at all.
     """
 
     vocab_size: int
@@ -75,27 +81,35 @@ class ModelConfig:
     norm_eps: float = 1e-12
     embedding_norm: bool = True
     final_norm: bool = False
-    positions: Literal["learned", "rotary", "none"] = "learned"
+    positions: Literal["learned", "rotary", "relative", "none"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     activation: Activation = "gelu"
     gated: bool = False
     causal: bool = False
     window: int | None = None
     attention_bias: bool = True
     attention_output_bias: bool | None = None
+    attention_scaled: bool = True
     qk_norm: bool = False
     mlp_bias: bool = True
     tied_output: bool = True
+    output_scale: float = 1.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
+    initializer_fan_in: bool = False
+    decoder_layers: int = 0
+    start_token: int | None = None
     layers: tuple[LayerOverride, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.layers and len(self.layers) != self.num_layers:
+        count = self.num_layers + self.decoder_layers
+        if self.layers and len(self.layers) != count:
             raise UserError(
-                f"{len(self.layers)} per-layer overrides for {self.num_layers} layers",
+                f"{len(self.layers)} per-layer overrides for {count} layers",
                 where="layers",
                 hint="give one a layer, or none",
             )
@@ -103,15 +117,30 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"must be at least 1, is {getattr(self, name)}", where=name)
-        for name in ("type_vocab_size", "task_type_vocab_size", "position_offset", "initializer_range"):
+        for name in (
+            "type_vocab_size",
+            "task_type_vocab_size",
+            "position_offset",
+            "initializer_range",
+            "decoder_layers",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"must be at least 0, is {getattr(self, name)}", where=name)
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even dimension, not {self.head_dim}", where="head_dim")
-        for index in range(self.num_layers):
+        if self.positions == "relative" and self.relative_max_distance <= self.relative_buckets // 2:
+            hint = "it must be more than half of relative_buckets"
+            raise UserError(f"is {self.relative_max_distance}", where="relative_max_distance", hint=hint)
+        for index in range(count):
             shape = self.layer(index)
             if min(shape.num_heads, shape.num_kv_heads, shape.intermediate_size) < 1:
                 raise UserError("heads and widths must be at least 1", where=f"layers[{index}]")
+            if self.positions == "relative" and shape.num_heads != self.num_heads:
+                raise UserError(
+                    f"{shape.num_heads} heads cannot share the biases of {self.num_heads}",
+                    where=f"layers[{index}].num_heads",
+                    hint="with relative positions all layers have the same number of heads",
+                )
             if shape.num_heads % shape.num_kv_heads:
                 raise UserError(
                     f"{shape.num_kv_heads} key-value heads cannot be shared by {shape.num_heads} heads",

@@ -123,11 +123,13 @@ class LanguageShape:
         transform: the activation of a square layer, with a layer norm after it, before the output (BERT); None for
             neither.
         norm_eps: of that norm.
+        scale: what hidden states are multiplied by before the output (T5).
     """
 
     bias: bool = False
     transform: Activation | None = None
     norm_eps: float = 1e-12
+    scale: float = 1.0
 
 
 @register_head
@@ -162,6 +164,8 @@ class LMHead(Head):
         return token_losses(self._transformed(hidden), self.output.weight, self.output.bias, target)
 
     def _transformed(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        if self.shape.scale != 1.0:
+            hidden = hidden * self.shape.scale
         if self.transform is None or self.norm is None or self.shape.transform is None:
             return hidden
         return self.norm(ACTIVATIONS[self.shape.transform](self.transform(hidden)))

@@ -83,6 +83,9 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     origin.config = hf
     rest = [name for name in files.names if name not in files.taken]
     model = Model(trunk, family.name, extras={name: files.read(name) for name in rest}, origin=origin).eval()
+    output = model.spare("lm").get("output.weight")
+    if output is not None and not torch.equal(output.to(model.dtype), trunk.embeddings.token.weight):
+        trunk.config = replace(cast("Any", config), tied_output=False)  # whatever the config says
     _attach_heads(model, own.get("heads", {}), files, f"{where}: {OWN_KEY}.heads")
     return model
 
@@ -109,7 +112,7 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     moved = {name: _moved(name, family, old, prefix) for name in model.extras}
     tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
     state = model.trunk.state_dict()
-    placed = _placed(family, model.config.num_layers, state)
+    placed = _placed(family, model.config, state)
     parts: dict[str, list[Tensor]] = {}
     for ours, tensor in sorted(state.items(), key=lambda item: placed[item[0]].part):
         theirs = _file_name(prefix, model.origin.names.get(ours, placed[ours].name))
@@ -120,12 +123,15 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
             tied = isinstance(head, LMHead) and head.tied and ours == "output.weight"
             if not tied or theirs in tensors:
                 tensors[theirs] = head.get_parameter(ours)
+    for copy, original in family.copies.items():
+        if prefix + copy in tensors:
+            tensors[prefix + copy] = tensors[prefix + original]
     return tensors
 
 
-def _placed(family: Family, num_layers: int, state: Mapping[str, Tensor]) -> dict[str, Stored]:
+def _placed(family: Family, config: Structure, state: Mapping[str, Tensor]) -> dict[str, Stored]:
     """Where files keep trunk tensors: as the family's table has it, or under a name of their own."""
-    table = family.stored(num_layers)
+    table = family.stored(config)
     return {ours: table.get(ours) or Stored(_ADDED + ours) for ours in state}
 
 
@@ -137,7 +143,7 @@ def module_names(model: Model) -> dict[str, str]:
     """The layers of the trunk that have a weight, and what the family's files call them below its prefix."""
     family = families.find(model.family)
     found: dict[str, str] = {}
-    for ours, place in family.stored(model.config.num_layers).items():
+    for ours, place in family.stored(model.config).items():
         if ours.endswith(".weight") and place.plain:
             stored = model.origin.names.get(ours, place.name)
             found[ours.removesuffix(".weight")] = stored.removesuffix(".weight")
@@ -263,7 +269,7 @@ def _trunk_tensors(
 ) -> tuple[dict[str, Tensor], Origin]:
     """The trunk's state, and under which names it stood."""
     state = trunk.state_dict()
-    placed = _placed(family, trunk.config.num_layers, state)
+    placed = _placed(family, trunk.config, state)
     wanted = {ours: (placed[ours].name, tensor.shape) for ours, tensor in state.items()}
     found = {family.canonical(name): name for name in files.names}
     prefix = max(("", family.prefix), key=lambda start: sum(start + theirs in found for theirs, _ in wanted.values()))

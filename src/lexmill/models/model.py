@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lexmill.errors import UserError
 from lexmill.models import families
 from lexmill.models.backbone import initialise
+from lexmill.models.encoder_decoder import EncoderDecoder, Memory
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
 from lexmill.models.trunk import Only, Structure, Trunk
 from lexmill.nn.addition import describe_additions
@@ -152,6 +153,30 @@ class Model(nn.Module):
             return pool(self.hidden(ids, positions, layout, types=types), layout, how)
         return self.hidden(ids, positions, layout, types=types, only=how)
 
+    def memory(self, ids: Int[Tensor, "*rows"], positions: Int[Tensor, "*rows"], layout: Layout) -> Memory:
+        """What the encoder makes of sources, for a decoder to read."""
+        return Memory(self.hidden(ids, positions, layout), layout)
+
+    def decoded(
+        self,
+        ids: Int[Tensor, "*rows"],
+        positions: Int[Tensor, "*rows"],
+        layout: Layout,
+        memory: Memory,
+    ) -> Float[Tensor, "*rows dim"]:
+        """The decoder's last hidden state where it is to say each of these target tokens: it has been given its start
+        token and the target before. Sequence `i` reads source `i` of the memory."""
+        trunk = self.decoding_trunk
+        return trunk.decode(trunk.shifted(ids, layout), positions, layout, memory)
+
+    @property
+    def decoding_trunk(self) -> EncoderDecoder:
+        """The trunk, where it has a decoder that reads a source; otherwise a `UserError`."""
+        if not isinstance(self.trunk, EncoderDecoder):
+            hint = "take an encoder-decoder, such as a T5"
+            raise UserError(f"a model of the family '{self.family}' has no decoder that reads a source", hint=hint)
+        return self.trunk
+
     def forward(
         self,
         ids: Int[Tensor, "*rows"],
@@ -200,7 +225,7 @@ class Model(nn.Module):
         """
         shape = replace(self.head_defaults, num_labels=num_labels, **changes)
         head = ClassifierHead(self.config.hidden_size, shape)
-        initialise(head, self.config.initializer_range)
+        initialise(head, self.config.initializer_range, fan_in=self.trunk.fan_in)
         if head.transform is not None:
             self._start(head, "classifier", "transform.")
         self.add_head(name, head)
@@ -225,7 +250,7 @@ class Model(nn.Module):
         head = LMHead(self.config.hidden_size, self.config.vocab_size, shape, tied=tied)
         for part in head.children():
             if part is not head.output or tied is None:
-                initialise(part, self.config.initializer_range)
+                initialise(part, self.config.initializer_range, fan_in=self.trunk.fan_in)
         self._start(head, "lm", "")
         self.add_head(name, head)
         return head

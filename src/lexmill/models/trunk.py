@@ -60,6 +60,8 @@ class Trunk(nn.Module, ABC):
     """Rows computed so far, padding included, summed over the layers that they went through."""
     known_rows: int = 0
     """Rows not computed, since what layers make of them was known; summed over these layers."""
+    fan_in: bool = False
+    """Whether the deviation of new matrices is divided by the square root of their inputs."""
     recomputes: ClassVar[bool] = False
     """Whether it knows `recompute`."""
     recompute: bool = False
@@ -116,6 +118,11 @@ class Trunk(nn.Module, ABC):
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew."""
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All layers, lowest first."""
+        return list(self.layers)
+
     def matrices(self, layer: nn.Module) -> list[Tensor]:
         """The weights of a layer, `[out, in]`, that each of its tokens is multiplied by."""
         linear = (part for part in layer.modules() if isinstance(part, nn.Linear))
@@ -123,7 +130,7 @@ class Trunk(nn.Module, ABC):
 
     def matmul_shapes(self) -> list[tuple[int, int]]:
         """(in, out) of every matrix that each token is multiplied by."""
-        return [(weight.shape[1], weight.shape[0]) for layer in self.layers for weight in self.matrices(layer)]
+        return [(weight.shape[1], weight.shape[0]) for layer in self.blocks for weight in self.matrices(layer)]
 
 
 def known_states(ids: Int[Tensor, "*rows"], layout: Layout) -> tuple[int, Float[Tensor, "tok dim"]] | None:

@@ -185,7 +185,7 @@ class Trainer:
         if self.average is not None:
             acted["ema_distance"] = self.average.put()
         if self.config.recompute:
-            acted["recomputed_layers"] = float(len(self.model.trunk.layers))
+            acted["recomputed_layers"] = float(len(self.model.trunk.blocks))
         shares = self.optimizer.shares
         if len(shares) > 1:
             rate = self.config.learning_rate

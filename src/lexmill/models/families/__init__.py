@@ -18,16 +18,20 @@ from lexmill.models.families import (
     llama,
     lstm,
     mistral,
+    mt5,
     qwen2,
     qwen3,
     roberta,
+    t5,
     xlm_roberta,
 )
 from lexmill.models.families.table import Family, Stored, Use
 
 _FAMILIES = tuple(
     module.FAMILY
-    for module in (bert, roberta, xlm_roberta, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3, lstm, gru)
+    for module in (
+        bert, roberta, xlm_roberta, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3, t5, mt5, lstm, gru
+    )  # fmt: skip
 )
 
 __all__ = ["Family", "Stored", "Use", "find", "known", "recognise"]

@@ -163,12 +163,14 @@ class Stored:
         name: of the tensor in the file; `{i}` stands for the layer.
         part, parts: ours is this one of so many equal parts along the first axis, after transposing.
         transposed: the file has the matrix as `[in, out]`.
+        only: fields of the config that must have these values for the entry to count.
     """
 
     name: str
     part: int = 0
     parts: int = 1
     transposed: bool = False
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def plain(self) -> bool:
@@ -204,13 +206,15 @@ class Family:
         fixed: fields of the trunk's config that are the same for all its members.
         settings: the other fields.
         requires: keys that must have one of these values, or be absent.
-        weights: our tensor names (below `trunk.`) and theirs, or how theirs holds ours; `{i}` stands for the layer.
+        weights: our tensor names (below `trunk.`) and theirs, or how theirs holds ours; `{i}` stands for the layer,
+            `{j}` for that of a decoder.
         namespaces: what names of trunk tensors start with, to tell a strange trunk tensor from an unused head.
         spare: patterns of tensors in these namespaces that the trunk does not use.
         aliases: other endings of names that old files have, and what they mean.
         classifier: the classification head that its Hugging Face class has; `num_labels` is a placeholder.
         language: the language head that its Hugging Face class has, for a config of its trunk.
         heads: our names of head tensors by use, and theirs; `{prefix}` stands for the prefix.
+        copies: names in old files that repeat a tensor, and that tensor's own; without prefix.
         trunk: what its models are made of; `fixed` and `settings` are fields of this one's config.
     """
 
@@ -227,6 +231,7 @@ class Family:
     spare: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     language: Callable[[Any], LanguageShape] = lambda config: LanguageShape()
+    copies: Mapping[str, str] = field(default_factory=dict[str, str])
     trunk: type[Trunk] = Transformer
 
     def variant(
@@ -264,13 +269,18 @@ class Family:
                 setting.write(hf, value)
         return hf
 
-    def stored(self, num_layers: int) -> dict[str, Stored]:
+    def stored(self, config: Structure) -> dict[str, Stored]:
         """Our trunk tensor names and where files keep them, without prefix."""
         found: dict[str, Stored] = {}
+        counts = {"{i}": config.num_layers, "{j}": int(getattr(config, "decoder_layers", 0))}
         for ours, theirs in self.weights:
             place = theirs if isinstance(theirs, Stored) else Stored(theirs)
-            for i in range(num_layers) if "{i}" in ours else (0,):
-                found[ours.replace("{i}", str(i))] = replace(place, name=place.name.replace("{i}", str(i)))
+            if any(getattr(config, name) != value for name, value in place.only.items()):
+                continue
+            sign = next((sign for sign in counts if sign in ours), None)
+            for i in range(counts[sign]) if sign else (0,):
+                at = sign or "{i}"
+                found[ours.replace(at, str(i))] = replace(place, name=place.name.replace(at, str(i)))
         return found
 
     def canonical(self, name: str) -> str:

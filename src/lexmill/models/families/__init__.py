@@ -30,8 +30,21 @@ from lexmill.models.families.table import Family, Stored, Use
 _FAMILIES = tuple(
     module.FAMILY
     for module in (
-        bert, roberta, xlm_roberta, distilbert, ernie, gpt2, llama, mistral, qwen2, qwen3, t5, mt5, lstm, gru
-    )  # fmt: skip
+        bert,
+        roberta,
+        xlm_roberta,
+        distilbert,
+        ernie,
+        gpt2,
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        t5,
+        mt5,
+        lstm,
+        gru,
+    )
 )
 
 __all__ = ["Family", "Stored", "Use", "find", "known", "recognise"]

@@ -1,5 +1,7 @@
-"""T5 (Raffel et al. 2020): an encoder-decoder with RMS norms and, of positions, only biases by distance, which all layers
-of a side share. Version 1.1 has gated feed-forward layers and an output matrix of its own (Shazeer 2020)."""
+"""T5 (Raffel et al. 2020): an encoder-decoder with RMS norms, whose positions are biases by distance alone.
+
+Version 1.1 has gated feed-forward layers and an output matrix of its own (Shazeer 2020).
+"""
 
 from __future__ import annotations
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models.oracle import Texts
+from tests.train.parts import tiny_bert
 from torch import Tensor, nn
 
+from lexmill.errors import UserError
 from lexmill.nn import Embedding, Linear
 from lexmill.train import Optimizer, TrainConfig
 
@@ -147,3 +150,36 @@ def test_vectors_are_not_decayed() -> None:
     optimizer.step(0.1)
     assert torch.equal(sparse.out.bias, torch.ones(3, dtype=torch.float64))
     assert float(sparse.out.weight.detach().norm()) > 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above(kind: str) -> None:
+    """AdamW's first step is as large as its rate, whatever the gradient; so it tells the rate of each parameter."""
+    model = tiny_bert(num_layers=3)
+    model.add_classifier("label", 2)
+    config = TrainConfig(layer_decay=0.5, optimizer=kind, max_grad_norm=0.0)  # pyright: ignore[reportArgumentType]
+    optimizer = Optimizer(model, config)
+    assert optimizer.shares == [0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    texts = Texts()
+    model.train()(*texts.packed, types=texts.types)["label"].square().sum().backward()
+    grads = {name: p.grad.to_dense().abs().max() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step(0.01)
+    for name, p in model.named_parameters():
+        share = {"trunk.embeddings": 0.5**4, "heads.label": 1.0}.get(".".join(name.split(".")[:2]))
+        rate = 0.01 * (0.5 ** (3 - int(name.split(".")[2])) if share is None else share)
+        moved = float((p - before[name]).detach().abs().max())
+        if kind == "sgd":
+            assert moved == pytest.approx(rate * float(grads[name]), rel=1e-3, abs=1e-7)
+        elif kind == "adamw" and "key.bias" not in name:
+            assert moved == pytest.approx(rate, rel=1e-2)
+        elif kind == "muon":
+            assert 0 <= moved <= 1.01 * rate
+
+
+def test_a_model_whose_heads_alone_are_trained_has_no_layers_to_slow_down() -> None:
+    model = tiny_bert()
+    model.add_classifier("label", 2, transform=None)
+    model.trunk.requires_grad_(False)
+    with pytest.raises(UserError, match="at one height"):
+        Optimizer(model, TrainConfig(layer_decay=0.9))

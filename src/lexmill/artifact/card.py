@@ -60,6 +60,10 @@ lexmill serve {{ name }}
 
 ## Limits
 
+{% if additions %}
+- It has modules that Hugging Face's classes do not know ({{ additions | join(", ") }}): \
+with `transformers` it answers as if it were without them. Load it with Lexmill.
+{% endif %}
 - It answers only in the terms above{% if heads %}: a text that fits no label still gets one{% endif %}.
 {% if manifest.metrics %}
 - The numbers hold for texts like those they were measured on; measure again on your own with `lexmill evaluate`.
@@ -77,8 +81,15 @@ def render_card(manifest: Manifest, name: str) -> str:
     # The result is Markdown for a file, not HTML: escaping for HTML would spoil it.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     environment.filters.update(code=_code, cell=_cell)
-    text = environment.from_string(_TEMPLATE).render(manifest=manifest, name=name, heads=list(labels(manifest)))
+    template, heads = environment.from_string(_TEMPLATE), list(labels(manifest))
+    text = template.render(manifest=manifest, name=name, heads=heads, additions=_additions(manifest))
     return text.rstrip() + "\n"
+
+
+def _additions(manifest: Manifest) -> list[str]:
+    """The kinds of modules that a trunk has beyond its config."""
+    found = cast("dict[str, dict[str, Any]]", manifest.structure.get("additions", {}))
+    return sorted({str(one.get("kind")) for one in found.values()})
 
 
 def labels(manifest: Manifest) -> Iterator[tuple[str, list[str]]]:

@@ -161,6 +161,7 @@ class _Run:
         if adapted.trained < adapted.total:
             share = f"{adapted.trained / adapted.total:.2%}"
             self.watch.note(f"training {adapted.trained:,} of {adapted.total:,} weights ({share})")
+        self._refuse_no_room()
         if adapted.stored is not None:
             before, after = adapted.stored
             self.watch.note(f"the matrices of the layers take {after:,} bytes in place of {before:,}")
@@ -178,6 +179,15 @@ class _Run:
         manifest = self._manifest(effect, test)
         self.writer.path(CARD_FILE).write_text(render_card(manifest, self.writer.out.name), "utf-8")
         return manifest
+
+    def _refuse_no_room(self) -> None:
+        room, asked = self.model.trunk.max_tokens, self.prepared.max_tokens or 0
+        taken = self.model.config.max_positions - room
+        if taken and asked > room:
+            hint = f"give at most {room}, or fewer adapt.tokens"
+            raise UserError(
+                f"texts of {asked} tokens and {taken} in front of them", where="options.max_length", hint=hint
+            )
 
     def _train(self, adapted: Adapted, ending: ExitStack) -> tuple[TrainResult, HeadStart, Sink]:
         """Also gives where the run is tracked, which is closed at `ending`."""

@@ -45,7 +45,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose input has been looked at and found usable."""
+    """A run whose input has been looked at and found usable; `max_tokens` is where its task cuts texts."""
 
     config: FitConfig
     model_directory: Path
@@ -54,6 +54,7 @@ class Prepared:
     report: DataReport
     tokenizer: Tokenizer
     task: Task
+    max_tokens: int | None
 
 
 class Subset:
@@ -104,9 +105,8 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     for finding in report.findings:
         if finding.severity == "error":
             raise UserError(finding.message, where=finding.path, hint="; ".join(finding.examples) or None)
-    return Prepared(
-        config, directory, sources, columns, report, tokenizer, _learn(task_type, sources.train, columns, options)
-    )
+    task = _learn(task_type, sources.train, columns, options)
+    return Prepared(config, directory, sources, columns, report, tokenizer, task, wants.max_tokens)
 
 
 def _learn(task: type[Task], source: Source, columns: Columns, options: Any) -> Task:

@@ -8,9 +8,11 @@ from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, Language
 from lexmill.models.io import head_tensors, init, init_like, load, module_names, save, trunk_prefix, weights_digest
 from lexmill.models.model import Model
 from lexmill.models.recurrent import Recurrent, RecurrentConfig
+from lexmill.models.search import Beams, Said, search
 from lexmill.models.trunk import Structure, Trunk
 
 __all__ = [
+    "Beams",
     "ClassifierHead",
     "ClassifierShape",
     "EncoderDecoder",
@@ -24,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "Recurrent",
     "RecurrentConfig",
+    "Said",
     "Structure",
     "Transformer",
     "Trunk",
@@ -35,6 +38,7 @@ __all__ = [
     "module_names",
     "register_head",
     "save",
+    "search",
     "trunk_prefix",
     "weights_digest",
 ]

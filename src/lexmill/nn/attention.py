@@ -303,7 +303,8 @@ class Attention(nn.Module):
         bias: Float[Tensor, "head q_pos k_pos"] | None = None,
         align: Align = "end",
         cache: LayerCache | None = None,
-        known: tuple[Float[Tensor, "*k_rows kv_head dim"], Float[Tensor, "*k_rows kv_head dim"]] | None = None,
+        known: tuple[Float[Tensor, "*k_rows kv_head head_dim"], Float[Tensor, "*k_rows kv_head head_dim"]]
+        | None = None,
         collect: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "*q_rows dim"]:
         """Attend from `hidden` to `memory`, or to `hidden` itself.

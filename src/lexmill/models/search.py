@@ -134,9 +134,10 @@ def search(
         top = (logprobs + totals.unsqueeze(-1)).flatten(1).topk(keep)
         scores = top.values / (int(cache.lengths[0]) ** beams.length_penalty)
         vocab = logprobs.shape[-1]
-        told = [one.tolist() for one in (top.values, scores, top.indices // vocab, top.indices % vocab)]
-        own: list[list[float]] = logprobs.flatten(1).gather(1, top.indices).tolist()
-        places = [s.advance(*(one[i] for one in told), own[i]) for i, s in enumerate(live)]
+        own = logprobs.flatten(1).gather(1, top.indices)
+        told = (top.values, scores, top.indices // vocab, top.indices % vocab, own)
+        by_source = zip(*(one.tolist() for one in told), strict=True)
+        places = [source.advance(*one) for source, one in zip(live, by_source, strict=True)]
         for source, going in zip(live, places, strict=True):
             if not going:
                 found[source.index] = source.ended[0]

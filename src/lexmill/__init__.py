@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lexmill.api import OpenArtifact, check, evaluate, fit, import_gguf, load, serve, verify
+    from lexmill.api import OpenArtifact, check, evaluate, fit, import_gguf, load, search, serve, verify
     from lexmill.errors import Failure, MissingExtra, UserError
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "fit",
     "import_gguf",
     "load",
+    "search",
     "serve",
     "verify",
 ]

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from lexmill.engine import TorchEngine
     from lexmill.evaluate import Evaluation
     from lexmill.fit import FitResult, Watch
+    from lexmill.learn import SearchResult, Space
     from lexmill.verify import Verification
 
-__all__ = ["OpenArtifact", "check", "evaluate", "fit", "import_gguf", "load", "serve", "verify"]
+__all__ = ["OpenArtifact", "check", "evaluate", "fit", "import_gguf", "load", "search", "serve", "verify"]
 
 
 def fit(
@@ -80,6 +81,49 @@ def fit(
     }  # fmt: skip
     loaded = load(FitConfig, file=Path(config) if config is not None else None, sets=set, flags=flags)
     return fit(loaded.value, out, resume=resume, watch=watch, origins=loaded.origins)
+
+
+def search(
+    train: Path | str | None = None,
+    *,
+    out: Path | str,
+    space: Space,
+    trials: int = 20,
+    jobs: int = 1,
+    config: Path | str | None = None,
+    task: str | None = None,
+    model: Path | str | None = None,
+    validation: Path | str | None = None,
+    test: Path | str | None = None,
+    set: Sequence[str] | Mapping[str, Any] = (),
+    seed: int = 0,
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> SearchResult:
+    """Find good settings by training with many. Keeps the best run's artefact, and tests that one.
+
+    Args:
+        out: the folder of the search; `resume` goes on with one that was interrupted.
+        space: by config key a `Range` or a list of values, e.g. `{"train.learning_rate": Range(1e-5, 1e-3, log=True)}`.
+        trials: how many settings are tried; `jobs` of them at a time.
+        config: a recipe in TOML, for all that is not searched; `set` and the others as for `fit`.
+        validation: rows to compare runs by; or `data.validation_fraction` in `set`.
+        test: rows to test the best run on, once.
+    """
+    from lexmill.learn.search import Asked, search
+
+    flags = {"data.train": train, "data.validation": validation, "data.test": test, "task": task, "model": model}
+    settings = {key: str(value) for key, value in flags.items() if value is not None} | _sets(set)
+    asked = Asked(settings, space, Path(config) if config is not None else None)
+    return search(asked, Path(out), trials=trials, jobs=jobs, seed=seed, resume=resume, watch=watch)
+
+
+def _sets(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    from lexmill.config.toml import scalar
+
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {key: scalar(value) for key, _, value in (one.partition("=") for one in given)}
 
 
 def check(

@@ -21,6 +21,7 @@ INTERRUPTED = 130
 VERBS = {
     "fit": ("fit", "Fine-tune a model on labelled text and write an artefact."),
     "demo": ("fit", "Do the whole job on bundled data."),
+    "search": ("learn", "Find good settings by training with many."),
     "check": ("data", "Look at data before training on it."),
     "evaluate": ("run", "Score a model on labelled data, with confidence intervals."),
     "predict": ("run", "Answer rows as a stream, one JSON object a line."),

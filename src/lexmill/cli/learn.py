@@ -1,0 +1,47 @@
+"""`lexmill search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexmill.cli import output
+
+
+def search(
+    train: Annotated[Path | None, typer.Argument(help="Labelled rows: CSV, TSV, JSONL (.gz, .xz), Parquet.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the search.")] = None,
+    try_: Annotated[
+        list[str] | None,
+        typer.Option("--try", metavar="KEY=VALUES", help="1e-5..1e-3:log, 2..6 or 16,32; once for each key."),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="How many settings are tried.", min=1)] = 20,
+    jobs: Annotated[int, typer.Option(help="Processes at a time, which share the cores.", min=1)] = 1,
+    config: Annotated[Path | None, typer.Option(help="A recipe in TOML, for all that is not searched.")] = None,
+    task: Annotated[str | None, typer.Option(help="As for fit.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face directory, artefact, or minilm.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Rows to compare runs by.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows to test the best run on, once.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Find good settings by training with many. Keeps the best run, and tests that one."""
+    from lexmill import api
+    from lexmill.errors import UserError
+    from lexmill.learn import parse_space
+
+    if out is None:
+        raise UserError("where should the search go?", where="command line", hint="give --out runs/NAME")
+    result = api.search(
+        train, out=out, space=parse_space(try_ or []), trials=trials, jobs=jobs, config=config, task=task, model=model,
+        validation=validation, test=test, set=set_ or [], seed=seed, resume=resume,
+        watch=output.watch(quiet=quiet or json),
+    )  # fmt: skip
+    output.show(result.to_dict() if json else result.lines(), json=json)

@@ -144,6 +144,27 @@ def collate(examples: Sequence[Example], heads: Mapping[str, np.ndarray] | None 
     return Batch(streams, labels, masks, np.array([example.weight for example in examples], dtype=np.float32))
 
 
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches of the same streams and heads as one, their examples in order; nothing is `kept`."""
+    if len(batches) == 1:
+        return batches[0]
+    sizes = np.cumsum([0, *(batch.num_examples for batch in batches)])
+    streams: dict[str, Stream] = {}
+    for name in batches[0].streams:
+        parts = [batch.streams[name] for batch in batches]
+        starts = np.cumsum([0, *(part.num_tokens for part in parts)])
+        streams[name] = Stream(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.types for part in parts]),
+            np.concatenate([part.positions for part in parts]),
+            np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]),
+            np.concatenate([part.example + size for part, size in zip(parts, sizes, strict=False)]),
+        )
+    labels = {head: np.concatenate([batch.labels[head] for batch in batches]) for head in batches[0].labels}
+    masks = {head: np.concatenate([batch.masks[head] for batch in batches]) for head in batches[0].masks}
+    return Batch(streams, labels, masks, np.concatenate([batch.weight for batch in batches]))
+
+
 def _token_labels(example: Example, head: str) -> Int[np.ndarray, "tok"]:
     given = example.token_labels.get(head)
     if given is not None:

@@ -254,6 +254,8 @@ class _Run:
         labels = {name: names for name, names in self.prepared.task.labels().items() if names}
         only = next(iter(labels.values())) if len(labels) == 1 else None
         models.save(self.model, self.writer.path("config.json").parent, labels=only)
+        for name, content in self.prepared.task.files(self.model).items():
+            self.writer.path(name).write_text(content, "utf-8")
         source = self.prepared.model_directory
         self.prepared.tokenizer.no_truncation()
         self.prepared.tokenizer.save(str(self.writer.path("tokenizer.json")))

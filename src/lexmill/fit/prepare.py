@@ -81,8 +81,8 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
         origins: where each config value came from, for errors.
     """
     task_type = find(config.task)
-    options = _options(task_type.Options, config, (origins or {}).get("options", "default"))
     directory = model_directory(config.model)
+    options = _options(task_type, directory, config, (origins or {}).get("options", "default"))
     sources = _open(config.data)
     config.train.check_stopping(validating=sources.validation is not None or config.data.validation_fraction > 0)
     wants = task_type.wants(options)
@@ -127,10 +127,10 @@ def _learn(task: type[Task], source: Source, columns: Columns, options: Any) -> 
         raise UserError(error.message, where=where, hint=error.hint) from error
 
 
-def _options(cls: type[Any], config: FitConfig, origin: str) -> Any:
-    """The task's options, checked as strictly as the rest of the config."""
+def _options(task: type[Task], directory: Path, config: FitConfig, origin: str) -> Any:
+    """The task's options, checked as strictly as the rest of the config; what is not set, as the model's files say."""
     try:
-        return load(cls, stored=config.options).value
+        return load(task.Options, stored={**task.defaults(directory), **config.options}).value
     except UserError as error:
         where = "options" if origin == "default" else f"{origin}, options"
         raise UserError(error.message, where=where, hint=error.hint) from error

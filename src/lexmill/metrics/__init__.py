@@ -14,7 +14,24 @@ from lexmill.metrics.classification import (
     per_class,
 )
 from lexmill.metrics.compare import Difference, mcnemar, paired_bootstrap
-from lexmill.metrics.intervals import Interval, accuracy_interval, bootstrap, f1_interval, multilabel_f1_interval
+from lexmill.metrics.correlation import pearson, products, ranks, spearman
+from lexmill.metrics.intervals import (
+    Interval,
+    accuracy_interval,
+    bootstrap,
+    f1_interval,
+    mean_interval,
+    multilabel_f1_interval,
+)
+from lexmill.metrics.ranking import (
+    average_precision,
+    by_group,
+    ndcg,
+    nearest,
+    own_ranks,
+    reciprocal_rank,
+    roc_auc,
+)
 
 __all__ = [
     "Average",
@@ -23,8 +40,10 @@ __all__ = [
     "Interval",
     "accuracy",
     "accuracy_interval",
+    "average_precision",
     "bootstrap",
     "brier_score",
+    "by_group",
     "confused",
     "confusion",
     "count",
@@ -34,8 +53,18 @@ __all__ = [
     "f1",
     "f1_interval",
     "mcnemar",
+    "mean_interval",
     "multilabel_f1_interval",
+    "ndcg",
+    "nearest",
+    "own_ranks",
     "paired_bootstrap",
+    "pearson",
     "per_class",
+    "products",
+    "ranks",
+    "reciprocal_rank",
     "reliability",
+    "roc_auc",
+    "spearman",
 ]

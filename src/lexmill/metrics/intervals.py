@@ -50,6 +50,11 @@ def percentiles(values: Float[np.ndarray, "resample"], confidence: float) -> Int
     return float(low), float(high)
 
 
+def mean_interval(values: Float[np.ndarray, "item"], *, resamples: int = 1000, confidence: float = 0.95) -> Interval:
+    """The interval of the mean of one number an item."""
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values), resamples=resamples, confidence=confidence)
+
+
 def accuracy_interval(
     correct: Bool[np.ndarray, "item"], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:

@@ -2,6 +2,7 @@
 
 from lexmill.tasks.base import Metrics, Record, Task, Wants, find, register
 from lexmill.tasks.classify import Classify
+from lexmill.tasks.embed import Embed
 from lexmill.tasks.generate import Generate
 
-__all__ = ["Classify", "Generate", "Metrics", "Record", "Task", "Wants", "find", "register"]
+__all__ = ["Classify", "Embed", "Generate", "Metrics", "Record", "Task", "Wants", "find", "register"]

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
@@ -78,11 +79,19 @@ class Task(ABC):
     metric: ClassVar[str]
     """The validation metric that picks the best epoch; higher is better unless `metric_sign` is -1."""
     metric_sign: ClassVar[int] = 1
+    couples: ClassVar[bool] = False
+    """Whether an example's loss depends on the others of its batch (contrastive). `item_losses` is then always given
+    the outputs of the whole optimiser batch, one micro-batch after the other."""
 
     @classmethod
     @abstractmethod
     def wants(cls, options: Any) -> Wants:
         """What this task, with these `Options`, wants of its data."""
+
+    @classmethod
+    def defaults(cls, directory: Path) -> Mapping[str, Any]:
+        """Values of `Options` that the files beside a pretrained model state; what a person sets goes before them."""
+        return {}
 
     # --- construction: from training data, or from a manifest -------------------------------------------------
     @classmethod
@@ -148,6 +157,10 @@ class Task(ABC):
             p, q = a.log_softmax(-1), other[head].log_softmax(-1)
             found[head] = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
         return found
+
+    def files(self, model: Model) -> Mapping[str, str]:
+        """Further text files that other programs want beside the model's in an artefact, by relative path."""
+        return {}
 
     # --- answers ----------------------------------------------------------------------------------------------
     @abstractmethod

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexmill.data.batch import Batch, Example, Tokens
+from lexmill.data.batch import Batch, Example
 from lexmill.data.check import labels_in
 from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.tasks import scoring
 from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
+from lexmill.tasks.texts import text_in, tokens_of
 
 MAX_LABELS = 10_000
 
@@ -165,22 +166,18 @@ class Classify(Task):
 
     # --- text to tokens ---------------------------------------------------------------------------------------
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
-        tokenizer.enable_truncation(self.options.max_length)
         texts = [self._text(record) for record in records]
-        encodings = tokenizer.encode_batch_fast(texts)
-        examples: list[Example] = []
-        for record, encoding in zip(records, encodings, strict=True):
-            ids = np.array(encoding.ids, np.int64)
-            types = np.array(encoding.type_ids, np.int64) if "text_pair" in self.columns else None
-            labels = self._labels(record) if labelled else {}
-            examples.append(Example({"source": (Tokens(ids, types),)}, labels))
-        return examples
+        tokens = tokens_of(texts, tokenizer, self.options.max_length, typed="text_pair" in self.columns)
+        return [
+            Example({"source": (one,)}, self._labels(record) if labelled else {})
+            for record, one in zip(records, tokens, strict=True)
+        ]
 
     def _text(self, record: Record) -> str | tuple[str, str]:
-        text = _string(record, self.columns["text"])
+        text = text_in(record, self.columns["text"])
         if "text_pair" not in self.columns:
             return text
-        return text, _string(record, self.columns["text_pair"])
+        return text, text_in(record, self.columns["text_pair"])
 
     def _labels(self, record: Record) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
@@ -318,13 +315,6 @@ class Classify(Task):
 def _class_weights(counts: Counter[str], how: str) -> tuple[float, ...]:
     total = sum(counts.values())
     return tuple(total / (len(counts) * counts[label]) if how == "balanced" else 1.0 for label in sorted(counts))
-
-
-def _string(record: Record, column: str) -> str:
-    value = record.get(column)
-    if value is None:
-        raise UserError(f"a record has no '{column}'", hint=f"it has: {', '.join(map(str, record))}")
-    return value if isinstance(value, str) else str(value)
 
 
 def _labels_of(record: Record, column: str, *, multi: bool) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lexmill.data.batch import Batch
+from lexmill.data.batch import Batch, join
 from lexmill.models import Model
 from lexmill.tasks.base import Task
 from lexmill.tasks.inputs import Arrange, packed
@@ -74,6 +74,8 @@ def accumulate(
     batch is cut into micro-batches does not matter. `seed` alone fixes dropout.
     """
     manner = manner or Manner()
+    if task.couples and len(micro_batches) > 1:
+        return _accumulate_coupled(model, task, micro_batches, seed, manner), {}
     weights = [task.item_weights(batch) for batch in micro_batches]
     totals: dict[str, float] = {}
     for one in weights:
@@ -116,11 +118,51 @@ class _Pass:
         return {head: float(part.detach()) for head, part in parts.items()}
 
     def _forward(self) -> Outputs:
-        reduced = self.manner.precision != "fp32"
-        dtype = ARITHMETIC[self.manner.precision]
-        with torch.autocast(self.model.device.type, dtype if reduced else torch.bfloat16, enabled=reduced):
-            outputs = self.task.forward(self.model, self.batch, self.manner.arrange)
-        return {head: out.float() for head, out in outputs.items()} if reduced else outputs
+        return _outputs(self.model, self.task, self.batch, self.manner)
+
+
+def _outputs(model: Model, task: Task, batch: Batch, manner: Manner) -> Outputs:
+    """What a task's heads say of a micro-batch, in full precision."""
+    reduced = manner.precision != "fp32"
+    dtype = ARITHMETIC[manner.precision]
+    with torch.autocast(model.device.type, dtype if reduced else torch.bfloat16, enabled=reduced):
+        outputs = task.forward(model, batch, manner.arrange)
+    return {head: out.float() for head, out in outputs.items()} if reduced else outputs
+
+
+def _accumulate_coupled(
+    model: Model, task: Task, micro_batches: Sequence[Batch], seed: int, manner: Manner
+) -> dict[str, float]:
+    """`accumulate` where the loss of an example depends on the outputs of others (Gao et al. 2021, GradCache).
+
+    All outputs are computed, their graphs dropped, and gathered; the loss is that of the whole batch and gives the
+    gradient of each output; then every micro-batch is computed once more, with the same dropout, and its own share is
+    sent back. Costs one forward pass more, and the memory of one micro-batch.
+    """
+    batch = join(micro_batches)
+    weights = {head: one.astype(np.float64) for head, one in task.item_weights(batch).items() if one.any()}
+    if not weights:
+        return {}
+
+    def outputs(i: int) -> Outputs:
+        torch.manual_seed(_mix(seed, i))
+        return _outputs(model, task, micro_batches[i], manner)
+
+    # With gradients enabled, since without them attention is another kernel that draws other dropout.
+    parts = [{head: out.detach() for head, out in outputs(i).items()} for i in range(len(micro_batches))]
+    gathered = {head: torch.cat([part[head] for part in parts]).requires_grad_() for head in parts[0]}
+    items = task.item_losses(gathered, batch)
+    losses = {head: items[head] @ torch.from_numpy(one / one.sum()).to(items[head]) for head, one in weights.items()}
+    (torch.stack(list(losses.values())).sum() * manner.scale).backward()
+    shares = {
+        head: torch.split(out.grad, [len(part[head]) for part in parts])
+        for head, out in gathered.items()
+        if out.grad is not None
+    }
+    for i in range(len(micro_batches)):
+        again = outputs(i)
+        torch.autograd.backward([again[head] for head in shares], [share[i] for share in shares.values()])
+    return {head: float(loss.detach()) for head, loss in losses.items()}
 
 
 def train_step(

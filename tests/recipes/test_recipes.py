@@ -42,9 +42,10 @@ def recipe(file: Path) -> FitConfig:
 
 
 def few_rows(config: FitConfig, folder: Path) -> list[str]:
-    """A few rows of each file, all with the two most frequent labels of training, and the settings that name them."""
-    frequent = Counter(row.values["label"] for row in open_source(config.data.train)).most_common(2)
-    wanted = [label for label, _ in frequent]
+    """A few rows of each file, and the settings that name them: those of the two most frequent labels of training, or the
+    first ones where the rows have no labels that are names."""
+    frequent = Counter(row.values.get("label") for row in open_source(config.data.train)).most_common(2)
+    wanted = [label for label, _ in frequent if isinstance(label, str)]
     sets: list[str] = []
     for split in SPLITS:
         path: Path | None = getattr(config.data, split)
@@ -52,6 +53,7 @@ def few_rows(config: FitConfig, folder: Path) -> list[str]:
             continue
         rows = [row.values for row in open_source(path)]
         chosen = [row for label in wanted for row in [r for r in rows if r["label"] == label][:ROWS_A_LABEL]]
+        chosen = chosen or rows[: 2 * ROWS_A_LABEL]
         file = folder / f"{split}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         sets.append(f'data.{split}="{file}"')

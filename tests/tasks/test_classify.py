@@ -102,7 +102,7 @@ def test_the_weighted_loss_is_that_of_torch() -> None:
     model = tiny_bert()
     task = classifier(data, model, class_weights="balanced")
     batch = batch_of(task, task.encode(data, tokenizer(), labelled=True))
-    ours = accumulate(model, task, [batch], seed=0)["label"]
+    ours = accumulate(model, task, [batch], seed=0)[0]["label"]
     weight = torch.tensor(task.heads["label"].weights)
     logits = task.forward(model, batch)["label"]
     theirs = torch.nn.CrossEntropyLoss(weight)(logits, torch.from_numpy(batch.labels["label"]))
@@ -127,7 +127,7 @@ def test_the_loss_of_several_labels_is_that_of_torch() -> None:
     model = tiny_bert()
     task = classifier(data, model, multi_label=True)
     batch = batch_of(task, task.encode(data, tokenizer(), labelled=True))
-    ours = accumulate(model, task, [batch], seed=0)["label"]
+    ours = accumulate(model, task, [batch], seed=0)[0]["label"]
     theirs = torch.nn.BCEWithLogitsLoss()(task.forward(model, batch)["label"], torch.from_numpy(batch.labels["label"]))
     assert ours == pytest.approx(float(theirs.detach()), rel=1e-6)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from tests.fit.conftest import Recipe
-from tests.train.parts import batch_of, distance, gradients, rows, tiny_bert, tokenizer, write_rows
+from tests.train.parts import InMemory, batch_of, distance, gradients, rows, tiny_bert, tokenizer, write_rows
 
 from lexmill import load
 from lexmill.artifact import Artifact
@@ -26,7 +26,7 @@ from lexmill.models import Model
 from lexmill.tasks import Embed, sentence_files
 from lexmill.tasks.embed import EmbedOptions, EmbedRequest, contrastive_loss, ordered_loss
 from lexmill.tasks.inputs import dense
-from lexmill.train import accumulate
+from lexmill.train import TrainConfig, Trainer, accumulate
 from lexmill.train.step import Manner, _mix  # pyright: ignore[reportPrivateUsage]
 
 PAIRS = {"text": "question", "text_pair": "answer"}
@@ -91,6 +91,12 @@ def test_both_passes_of_a_cut_batch_drop_the_same() -> None:
     loss.backward()
     assert cut[0] == pytest.approx(float(loss.detach()), rel=1e-12)
     assert distance(cut[1], gradients(model)) <= 1e-10
+
+
+def test_ways_of_training_that_go_through_a_batch_several_times_are_refused() -> None:
+    task, items = case("pairs", model := tiny_bert())
+    with pytest.raises(UserError, match=r"train\.r_drop: 'embed' compares the examples"):
+        Trainer(model, task, InMemory(task, items), TrainConfig(r_drop=0.5))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])

@@ -114,8 +114,8 @@ class Trainer:
             raise UserError("an average of weights would bring back what was taken out", where="train.ema", hint=hint)
         if task.couples and (config.adversarial != "none" or config.r_drop):
             key = "train.r_drop" if config.r_drop else "train.adversarial"
-            hint = "leave it out"
-            raise UserError(f"'{task.name}' compares the examples of a batch, which goes through once", key, hint=hint)
+            what = f"'{task.name}' compares the examples of a batch, which goes through once"
+            raise UserError(what, where=key, hint="leave it out")
         self.model, self.task, self.data, self.config = model, task, data, config
         self.validate, self.store, self.start, self.companion = validate, store, start or HeadStart(), companion
         self.order = _order(data, config)

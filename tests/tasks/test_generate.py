@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_transformers_on_the_same_tokens(tmp_path: Path, tie
     model = tiny_llama(tied_output=tied)
     task = generator(model)
     items = task.encode(rows(6), tokenizer(), labelled=True)
-    ours = accumulate(model, task, [batch_of(task, items)], seed=0)["lm"]
+    ours = accumulate(model, task, [batch_of(task, items)], seed=0)[0]["lm"]
     models.save(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     total = count = 0.0
@@ -126,7 +126,7 @@ def test_scores_are_per_token_and_perplexity_follows() -> None:
     answers = [answer for _, answer in engine.run_stream(data, labelled=True)]
     found = task.evaluate(answers, data)
     batch = batch_of(task, task.encode(data, tokenizer(), labelled=True))
-    assert found.values["loss"] == pytest.approx(accumulate(model, task, [batch], seed=0)["lm"], rel=1e-5)
+    assert found.values["loss"] == pytest.approx(accumulate(model, task, [batch], seed=0)[0]["lm"], rel=1e-5)
     assert found.values["perplexity"] == pytest.approx(math.exp(found.values["loss"]))
     low, high = found.intervals["loss"]
     assert low <= found.values["loss"] <= high

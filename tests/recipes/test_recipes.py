@@ -42,8 +42,8 @@ def recipe(file: Path) -> FitConfig:
 
 
 def few_rows(config: FitConfig, folder: Path) -> list[str]:
-    """A few rows of each file, and the settings that name them: those of the two most frequent labels of training, or the
-    first ones where the rows have no labels that are names."""
+    """A few rows of each file, and the settings that name them: those of the two most frequent labels of training, or
+    the first ones where the rows have no labels that are names."""
     frequent = Counter(row.values.get("label") for row in open_source(config.data.train)).most_common(2)
     wanted = [label for label, _ in frequent if isinstance(label, str)]
     sets: list[str] = []

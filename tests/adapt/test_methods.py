@@ -15,6 +15,7 @@ from lexmill.adapt import AdaptConfig, Adapted, adapt
 from lexmill.errors import UserError
 from lexmill.models import Model, load, save
 from lexmill.nn.lora import LoraLinear
+from lexmill.train import Optimizer, TrainConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
@@ -124,6 +125,8 @@ def test_what_is_not_trained_stays_and_costs_no_gradient(base: Base, name: str) 
     for parameter_name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
     assert model.training_work() < before
+    state = Optimizer(model, TrainConfig()).state()
+    assert {name.rpartition(".")[0] for name in state} == {n for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     base.train(adapted, steps=2)
     now = model.state_dict()
@@ -169,6 +172,14 @@ def test_an_addition_goes_on_with_another_method_and_is_refused_twice(base: Base
     adapted.merge()
     assert gap(again.logits(second), trained) <= 1e-5
     assert second.structure()["additions"] == model.structure()["additions"]
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "bottleneck over 4 bits"])
+def test_what_is_not_merged_is_not_written_where_nothing_would_read_it(base: Base, name: str, tmp_path: Path) -> None:
+    model = base.model()
+    adapt(model, METHODS[name])
+    with pytest.raises(ValueError, match="merge what was put beside"):
+        save(model, tmp_path)
 
 
 def test_merging_and_unmerging_leaves_the_matrix_as_it_was(base: Base) -> None:

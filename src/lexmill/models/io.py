@@ -21,7 +21,7 @@ from lexmill.models.families import Family, Stored
 from lexmill.models.heads import ClassifierHead, Head, LMHead, build_head
 from lexmill.models.model import Model, Origin
 from lexmill.models.trunk import Structure, Trunk
-from lexmill.nn.addition import restore_additions
+from lexmill.nn.addition import additions, restore_additions
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -112,7 +112,7 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     moved = {name: _moved(name, family, old, prefix) for name in model.extras}
     tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
     state = model.trunk.state_dict()
-    placed = _placed(family, model.config, state)
+    placed = _placed(family, model.trunk)
     parts: dict[str, list[Tensor]] = {}
     for ours, tensor in sorted(state.items(), key=lambda item: placed[item[0]].part):
         theirs = _file_name(prefix, model.origin.names.get(ours, placed[ours].name))
@@ -129,10 +129,14 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     return tensors
 
 
-def _placed(family: Family, config: Structure, state: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Where files keep trunk tensors: as the family's table has it, or under a name of their own."""
-    table = family.stored(config)
-    return {ours: table.get(ours) or Stored(_ADDED + ours) for ours in state}
+def _placed(family: Family, trunk: Trunk) -> dict[str, Stored]:
+    """Where files keep trunk tensors: as the family's table has it, or, of additions, under names of their own."""
+    table = family.stored(trunk.config)
+    added = tuple(f"{path}." for path, _ in additions(trunk))
+    names = trunk.state_dict()
+    if strange := [name for name in names if name not in table and not name.startswith(added)]:
+        raise ValueError(f"no file can hold '{strange[0]}': merge what was put beside the matrices")
+    return {ours: table.get(ours) or Stored(_ADDED + ours) for ours in names}
 
 
 def _file_name(prefix: str, theirs: str) -> str:
@@ -269,7 +273,7 @@ def _trunk_tensors(
 ) -> tuple[dict[str, Tensor], Origin]:
     """The trunk's state, and under which names it stood."""
     state = trunk.state_dict()
-    placed = _placed(family, trunk.config, state)
+    placed = _placed(family, trunk)
     wanted = {ours: (placed[ours].name, tensor.shape) for ours, tensor in state.items()}
     found = {family.canonical(name): name for name in files.names}
     prefix = max(("", family.prefix), key=lambda start: sum(start + theirs in found for theirs, _ in wanted.values()))

@@ -253,3 +253,29 @@ def test_a_text_without_room_beside_the_prefix_is_an_error_where_positions_are_l
     texts = Texts([45])
     with pytest.raises(UserError, match="45 tokens, and room for 44"):
         model.hidden(*texts.packed)
+
+
+@pytest.mark.parametrize("name", ["lora over 4 bits", "adalora", "bottleneck", "prefix", "prompt"])
+@pytest.mark.parametrize("base", ["Bert"], indirect=True)
+def test_half_precision_and_recomputing_give_nearly_and_exactly_the_same_gradients(base: Base, name: str) -> None:
+    model = base.model()
+    adapted = adapt(model, METHODS[name])
+    base.train(adapted, steps=3)
+    model.eval()
+
+    def gradients(*, half: bool = False, recompute: bool = False) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.trunk.train()
+        model.trunk.recompute = recompute
+        model.set_dropout(0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model(*base.texts.packed, types=base.texts.types)["topic"]
+        F.cross_entropy(out.float(), torch.arange(6) % 3).backward()
+        model.trunk.recompute = False
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    whole, again, rounded = gradients(), gradients(recompute=True), gradients(half=True)
+    assert whole.keys() == again.keys() == rounded.keys()
+    assert all(torch.equal(again[n], grad) for n, grad in whole.items())
+    flat, near = (torch.cat([one[n].float().flatten() for n in whole]) for one in (whole, rounded))
+    assert float(torch.cosine_similarity(flat, near, 0)) > 0.98

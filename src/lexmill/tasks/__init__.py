@@ -4,5 +4,6 @@ from lexmill.tasks.base import Metrics, Record, Task, Wants, find, register
 from lexmill.tasks.classify import Classify
 from lexmill.tasks.embed import Embed
 from lexmill.tasks.generate import Generate
+from lexmill.tasks.rank import Rank
 
-__all__ = ["Classify", "Embed", "Generate", "Metrics", "Record", "Task", "Wants", "find", "register"]
+__all__ = ["Classify", "Embed", "Generate", "Metrics", "Rank", "Record", "Task", "Wants", "find", "register"]

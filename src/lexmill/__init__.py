@@ -1,7 +1,7 @@
 """Lexmill: from text to a small, fast, monitored language service on the hardware people own.
 
-`lm.fit`, `lm.load`, `lm.check`, `lm.evaluate`, `lm.verify` and `lm.serve` mirror the verbs of the command line.
-They are imported when first asked for, so that `import lexmill` costs nothing.
+`lm.fit`, `lm.combine`, `lm.load`, `lm.check`, `lm.evaluate`, `lm.verify` and `lm.serve` mirror the verbs of the command
+line. They are imported when first asked for, so that `import lexmill` costs nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lexmill.api import OpenArtifact, check, evaluate, fit, import_gguf, load, search, serve, verify
+    from lexmill.api import OpenArtifact, check, combine, evaluate, fit, import_gguf, load, search, serve, verify
     from lexmill.errors import Failure, MissingExtra, UserError
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "OpenArtifact",
     "UserError",
     "check",
+    "combine",
     "evaluate",
     "fit",
     "import_gguf",

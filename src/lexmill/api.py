@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lexmill.learn import SearchResult, Space
     from lexmill.verify import Verification
 
-__all__ = ["OpenArtifact", "check", "evaluate", "fit", "import_gguf", "load", "search", "serve", "verify"]
+__all__ = ["OpenArtifact", "check", "combine", "evaluate", "fit", "import_gguf", "load", "search", "serve", "verify"]
 
 
 def fit(
@@ -126,6 +126,22 @@ def _sets(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return {key: scalar(value) for key, _, value in (one.partition("=") for one in given)}
 
 
+def combine(base: Path | str, adapters: Mapping[str, Path | str], *, out: Path | str) -> Artifact:
+    """Put several adapters over one trunk, in one artefact.
+
+    Args:
+        base: what they were all fitted from: a Hugging Face directory, an artefact, or `minilm`.
+        adapters: artefacts fitted from it by LoRA, by the name that each adapter shall have.
+        out: the artefact to write; must not exist.
+
+    Raises:
+        UserError: an artefact has no adapter, or was fitted from something else.
+    """
+    from lexmill.fit.combine import combine
+
+    return combine(str(base), {name: Path(path) for name, path in adapters.items()}, out)
+
+
 def check(
     data: Path | str,
     *,
@@ -167,11 +183,12 @@ class OpenArtifact:
     artifact: Artifact
     engine: TorchEngine
 
-    def predict(self, texts: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
+    def predict(self, texts: Sequence[Any], *, adapter: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """One answer a text, as `POST /v1/{task}` gives it.
 
         Args:
             texts: what the task's request lists: texts, or pairs of them where the model was trained on pairs.
+            adapter: which answers, where the artefact has several.
             options: the request's other fields, e.g. `top_k=3`.
 
         Raises:
@@ -179,7 +196,7 @@ class OpenArtifact:
         """
         from pydantic import ValidationError
 
-        task = self.engine.task
+        task = self.engine.task_for(adapter)
         if not texts:
             return []
         try:
@@ -191,7 +208,7 @@ class OpenArtifact:
                 fault["msg"], where=where, hint=f"it takes: {', '.join(task.Request.model_fields)}"
             ) from error
         answers: list[dict[str, Any]] = []
-        for _, answer in self.engine.run_stream(task.items(request)):
+        for _, answer in self.engine.run_stream(task.items(request), adapter=adapter):
             if isinstance(answer, Exception):
                 raise answer
             answers.append(task.render(answer, request))
@@ -201,6 +218,7 @@ class OpenArtifact:
         self,
         data: Path | str,
         *,
+        adapter: str | None = None,
         encoding: str = "utf-8",
         skip_bad: bool = False,
         report: Path | str | None = None,
@@ -215,7 +233,9 @@ class OpenArtifact:
         source = open_source(data, encoding=encoding, skip_bad=skip_bad)
         lines = array("q")
         records = _noting_lines(source, lines)
-        found = evaluate(self.engine, records, progress=progress, where=lambda i: source.where(lines[i]))
+        found = evaluate(
+            self.engine, records, adapter=adapter, progress=progress, where=lambda i: source.where(lines[i])
+        )
         if report is not None:
             from lexmill.evaluate.report import Report, write_report
 
@@ -265,6 +285,7 @@ def evaluate(
     artifact: Path | str,
     data: Path | str,
     *,
+    adapter: str | None = None,
     encoding: str = "utf-8",
     skip_bad: bool = False,
     report: Path | str | None = None,
@@ -273,13 +294,16 @@ def evaluate(
     """Score a model on labelled data, with confidence intervals.
 
     Args:
+        adapter: which answers, where the artefact has several.
         report: write an HTML report here.
         progress: told how many rows are done.
 
     Raises:
         UserError: with `file:line` for a row that cannot be scored, e.g. for a label that training never saw.
     """
-    return load(artifact).evaluate(data, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress)
+    return load(artifact).evaluate(
+        data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
+    )
 
 
 def verify(artifact: Path | str) -> Verification:

@@ -24,6 +24,13 @@ class Slow:
         return cast(Task, None)
 
     @property
+    def adapters(self) -> Sequence[str]:
+        return ()
+
+    def task_for(self, adapter: str | None) -> Task:
+        return self.task
+
+    @property
     def work(self) -> Work:
         return Work()
 

@@ -42,6 +42,13 @@ class Held:
         return self._engine.task
 
     @property
+    def adapters(self) -> Sequence[str]:
+        return ()
+
+    def task_for(self, adapter: str | None) -> Task:
+        return self._engine.task_for(adapter)
+
+    @property
     def work(self) -> Work:
         return self._engine.work
 

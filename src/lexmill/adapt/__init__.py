@@ -4,5 +4,20 @@ from lexmill.adapt.config import AdaptConfig
 from lexmill.adapt.methods import ADAPTER, Adapted, adapt
 from lexmill.adapt.peft import load_adapter, save_adapter
 from lexmill.adapt.peft_save import save_adapted
+from lexmill.adapt.shared import activate, adapter_tensors, add_adapter, rows_of, save_heads, using
 
-__all__ = ["ADAPTER", "AdaptConfig", "Adapted", "adapt", "load_adapter", "save_adapted", "save_adapter"]
+__all__ = [
+    "ADAPTER",
+    "AdaptConfig",
+    "Adapted",
+    "activate",
+    "adapt",
+    "adapter_tensors",
+    "add_adapter",
+    "load_adapter",
+    "rows_of",
+    "save_adapted",
+    "save_adapter",
+    "save_heads",
+    "using",
+]

@@ -20,6 +20,7 @@ INTERRUPTED = 130
 
 VERBS = {
     "fit": ("fit", "Fine-tune a model on labelled text and write an artefact."),
+    "combine": ("fit", "Put several adapters over one trunk, in one artefact."),
     "demo": ("fit", "Do the whole job on bundled data."),
     "search": ("learn", "Find good settings by training with many."),
     "check": ("data", "Look at data before training on it."),

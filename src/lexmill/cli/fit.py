@@ -53,6 +53,24 @@ def fit(
     output.show(result.to_dict() if json else result.lines(), json=json)
 
 
+def combine(
+    base: Annotated[str, typer.Argument(help="What all were fitted from: a directory, an artefact, or minilm.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="NAME=ARTEFACT...", help="Artefacts fitted by LoRA.")],
+    out: Annotated[Path | None, typer.Option(help="The artefact to write; must not exist.")] = None,
+) -> None:
+    """Put several adapters over one trunk, in one artefact. Each answers as the artefact that it came from."""
+    from lexmill import api
+    from lexmill.errors import UserError
+
+    named = {name: path for name, _, path in (pair.partition("=") for pair in adapters)}
+    if out is None:
+        raise UserError("where should the artefact go?", where="command line", hint="give --out runs/NAME")
+    if len(named) < len(adapters) or not all(named.values()):
+        raise UserError("each adapter needs a name of its own", where="command line", hint="give NAME=ARTEFACT")
+    made = api.combine(base, named, out=out)
+    output.show([f"wrote {made.path} with the adapters {', '.join(named)}"], json=False)
+
+
 def demo(
     out: Annotated[Path, typer.Option(help="Where the artefact goes.")] = Path("runs/demo"),
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,

@@ -29,6 +29,7 @@ def predict(
     out: Path | None,
     columns: Mapping[str, str | None],
     *,
+    adapter: str | None,
     encoding: str,
     skip_bad: bool,
 ) -> None:
@@ -40,7 +41,7 @@ def predict(
     else:
         name, groups = data, _in_chunks(open_source(data, encoding=encoding, skip_bad=skip_bad))
     engine = TorchEngine(artifact)
-    answers = _answers(engine, groups, columns, lambda line: f"{name}:{line}")
+    answers = _answers(engine, adapter, groups, columns, lambda line: f"{name}:{line}")
     if out is None:
         _write(answers, sys.stdout)
     else:
@@ -93,13 +94,15 @@ def _as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _answers(
     engine: TorchEngine,
+    adapter: str | None,
     groups: Iterator[list[Row]],
     columns: Mapping[str, str | None],
     where: Callable[[int], str],
 ) -> Iterator[list[str]]:
     """The lines to write, group by group."""
-    trained: Mapping[str, str] = engine.task.state()["columns"]
-    inputs = {role.name: trained[role.name] for role in engine.task.roles if role.input and role.name in trained}
+    task = engine.task_for(adapter)
+    trained: Mapping[str, str] = task.state()["columns"]
+    inputs = {role.name: trained[role.name] for role in task.roles if role.input and role.name in trained}
     for role in columns:
         if role not in inputs and columns[role] is not None:
             hint = f"this model reads: {', '.join(inputs)}"
@@ -107,13 +110,15 @@ def _answers(
     for rows in groups:
         records = [_renamed(row, inputs, columns, where) for row in rows]
         lines: list[str] = []
-        for row, (record, answer) in zip(rows, engine.run_stream(records, chunk=len(records)), strict=True):
+        for row, (record, answer) in zip(
+            rows, engine.run_stream(records, chunk=len(records), adapter=adapter), strict=True
+        ):
             if isinstance(answer, UserError):
                 raise UserError(answer.message, where=where(row.line), hint=answer.hint) from answer
             if isinstance(answer, Exception):
                 raise answer
             shown = {name: record[name] for name in inputs.values()}
-            lines.append(json.dumps({**shown, **engine.task.render(answer)}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({**shown, **task.render(answer)}, ensure_ascii=False) + "\n")
         yield lines
 
 

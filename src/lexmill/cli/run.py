@@ -14,6 +14,7 @@ from lexmill.cli import output
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     data: Annotated[Path, typer.Argument(help="Labelled rows.")],
+    adapter: Annotated[str | None, typer.Option(help="Which answers, where the artefact has several.")] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
@@ -24,7 +25,9 @@ def evaluate(
     from lexmill import api
 
     with output.counter("evaluating", quiet=quiet or json) as progress:
-        found = api.evaluate(artifact, data, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress)
+        found = api.evaluate(
+            artifact, data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
+        )
     output.show(found.to_dict() if json else found.lines(), json=json)
 
 
@@ -32,6 +35,7 @@ def predict(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     data: Annotated[str, typer.Argument(help="Rows, or - for standard input: JSON lines, or one text a line.")] = "-",
     out: Annotated[Path | None, typer.Option(help="Write here in place of standard output; must not exist.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Which answers, where the artefact has several.")] = None,
     text: Annotated[str | None, typer.Option(help="The text column; the one of training otherwise.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="The second text's column, for pairs.")] = None,
     column: Annotated[
@@ -44,7 +48,7 @@ def predict(
     from lexmill.cli.predict import predict
 
     columns = {"text": text, "text_pair": text_pair, **output.columns(column)}
-    predict(artifact, data, out, columns, encoding=encoding, skip_bad=skip_bad)
+    predict(artifact, data, out, columns, adapter=adapter, encoding=encoding, skip_bad=skip_bad)
 
 
 def serve(

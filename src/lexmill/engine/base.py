@@ -34,7 +34,7 @@ class Request:
         record: the item, by column name.
         artifact: which artefact, where an engine holds several; empty for its only one.
         head: which head answers; all of them where None.
-        adapter: which adapter; none where None.
+        adapter: which adapter, where the artefact has several over its trunk; none where None.
         deadline: `time.monotonic()` after which the answer is of no use.
         cancel: set when the caller has gone.
     """
@@ -60,6 +60,15 @@ class Engine(Protocol):
 
     @property
     def task(self) -> Task: ...
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """The names of the adapters over its trunk; the first is the one to show in examples."""
+        ...
+
+    def task_for(self, adapter: str | None) -> Task:
+        """What is done with this adapter; `task` where None. A `UserError` for an unknown one lists the known ones."""
+        ...
 
     @property
     def work(self) -> Work: ...

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from lexmill.artifact import Artifact
-from lexmill.data.batch import Example, collate
+from lexmill.data.batch import Example
 from lexmill.engine.base import Cancelled, Expired, Request, Work
 from lexmill.engine.loaded import Loaded, load
+from lexmill.engine.mixed import batches_by_adapter
 from lexmill.errors import UserError
 from lexmill.tasks.base import Record, Task
 
@@ -53,15 +54,22 @@ class TorchEngine:
             torch.set_num_threads(threads)
         loaded = source if isinstance(source, Loaded) else load(source)
         self.name = loaded.name
-        self._task = loaded.task
-        self._model = loaded.model.to(where).eval()
-        self._tokenizer = loaded.tokenizer
+        self._loaded = loaded
+        for one in (loaded, *loaded.adapters.values()):
+            one.model.to(where).eval()
         self._token_budget = token_budget
         self._work = Work()
 
     @property
     def task(self) -> Task:
-        return self._task
+        return self._loaded.task
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        return tuple(self._loaded.adapters)
+
+    def task_for(self, adapter: str | None) -> Task:
+        return self._loaded.of(adapter).task
 
     @property
     def work(self) -> Work:
@@ -72,23 +80,25 @@ class TorchEngine:
         rows = [row for row, refusal in enumerate(answers) if refusal is None]
         asked = [requests[row] for row in rows]
         records = [request.record for request in asked]
-        examples = self._encode(records, labelled=False)
-        found = self._compute(examples, records, lambda i: self._refusal(asked[i]))
+        adapters = [request.adapter for request in asked]
+        examples = self._encode_by_adapter(records, adapters)
+        found = self._compute(examples, records, adapters, lambda i: self._refusal(asked[i]))
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
         return answers
 
     def run_stream(
-        self, records: Iterable[Record], *, chunk: int = CHUNK, labelled: bool = False
+        self, records: Iterable[Record], *, chunk: int = CHUNK, labelled: bool = False, adapter: str | None = None
     ) -> Iterator[tuple[Record, Any]]:
         """Answer records in order without holding more than `chunk` of them; a larger chunk sorts better by length.
 
         With `labelled` the task sees their labels too, as `evaluate` needs. Yields each record with its answer, or with
-        the exception that stands in its place.
+        the exception that stands in its place. An `adapter` that there is not is a `UserError`.
         """
-        source = iter(records)
+        source, loaded = iter(records), self._loaded.of(adapter)
         while rows := list(islice(source, chunk)):
-            yield from zip(rows, self._compute(self._encode(rows, labelled=labelled), rows), strict=True)
+            examples = self._encode(loaded.task, rows, labelled=labelled)
+            yield from zip(rows, self._compute(examples, rows, [adapter] * len(rows)), strict=True)
 
     def _refusal(self, request: Request) -> Exception | None:
         if request.cancel.is_set():
@@ -97,17 +107,33 @@ class TorchEngine:
             return Expired()
         if request.artifact not in ("", self.name):
             return UserError(f"unknown model '{request.artifact}'", hint=f"this engine holds '{self.name}'")
-        if request.adapter is not None or request.head is not None:
-            return UserError("this engine answers with every head and no adapter", hint="leave head and adapter out")
+        if request.head is not None:
+            return UserError("this engine answers with every head", hint="leave head out")
+        try:
+            self._loaded.of(request.adapter)
+        except UserError as unknown:
+            return unknown
         return None
 
-    def _encode(self, records: Sequence[Record], *, labelled: bool) -> list[Example | Exception]:
-        return _isolated(lambda some: self._task.encode(some, self._tokenizer, labelled=labelled), records)
+    def _encode(self, task: Task, records: Sequence[Record], *, labelled: bool) -> list[Example | Exception]:
+        return _isolated(lambda some: task.encode(some, self._loaded.tokenizer, labelled=labelled), records)
+
+    def _encode_by_adapter(
+        self, records: Sequence[Record], adapters: Sequence[str | None]
+    ) -> list[Example | Exception]:
+        examples: list[Any] = [None] * len(records)
+        for adapter in dict.fromkeys(adapters):
+            own = [i for i, name in enumerate(adapters) if name == adapter]
+            found = self._encode(self._loaded.of(adapter).task, [records[i] for i in own], labelled=False)
+            for i, example in zip(own, found, strict=True):
+                examples[i] = example
+        return examples
 
     def _compute(
         self,
         examples: Sequence[Example | Exception],
         records: Sequence[Record],
+        adapters: Sequence[str | None],
         refusal: Callable[[int], Exception | None] | None = None,
     ) -> list[Any]:
         """Answers in the order of `examples`. `refusal` is asked again before each forward pass, since time goes by."""
@@ -118,17 +144,24 @@ class TorchEngine:
                 for i in part:
                     answers[i] = refusal(i)
             due = [i for i in part if answers[i] is None]
-            found = _isolated(self._forward, [(examples[i], records[i]) for i in due])
+            found = _isolated(self._forward, [(examples[i], records[i], adapters[i]) for i in due])
             for i, answer in zip(due, found, strict=True):
                 answers[i] = answer
         return answers
 
     @torch.inference_mode()
-    def _forward(self, pairs: Sequence[tuple[Any, Record]]) -> list[Any]:
-        batch = collate([example for example, _ in pairs])
-        done = self._work.tokens + batch.num_tokens
+    def _forward(self, items: Sequence[tuple[Any, Record, str | None]]) -> list[Any]:
+        answers: list[Any] = [None] * len(items)
+        parts = batches_by_adapter(self._loaded.model, [one for one, _, _ in items], [name for _, _, name in items])
+        done = self._work.tokens + sum(batch.num_tokens for _, batch in parts.values())
         self._work = Work(done, done)
-        return self._task.answer(self._model, batch, [record for _, record in pairs], self._tokenizer)
+        for adapter, (own, batch) in parts.items():
+            loaded = self._loaded.of(adapter)
+            with loaded.acting() as model:
+                found = loaded.task.answer(model, batch, [items[i][1] for i in own], loaded.tokenizer)
+            for i, answer in zip(own, found, strict=True):
+                answers[i] = answer
+        return answers
 
 
 def num_tokens(example: Example) -> int:

@@ -6,8 +6,9 @@ Everything here takes the slow and obvious way, one probe at a time, so that it 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def probe_texts() -> list[str]:
     return [probe["text"] for probe in bundled["probes"]]
 
 
+def stored_in(path: Path, adapters: Iterable[str]) -> dict[str | None, Path]:
+    """The files of an artefact with what its model gave, and with what it gave with each adapter, by the name of that.
+    A trunk with adapters may give nothing without."""
+    own = {name: path / "adapters" / name / FILE for name in adapters}
+    return {**({None: path / FILE} if not own or (path / FILE).is_file() else {}), **own}
+
+
 def probe_request(task: Task) -> BaseModel:
     """The request, with `raw` set, that asks a task about every probe text."""
     return task.probe(probe_texts())
@@ -47,7 +55,7 @@ def evidence(loaded: Loaded, records: Sequence[Record]) -> list[dict[str, float]
     model.eval()
     try:
         found: list[dict[str, float]] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), loaded.acting():
             for one in records:
                 batch = collate(task.encode([one], tokenizer, labelled=False))
                 (answer,) = task.answer(model, batch, [one], tokenizer)

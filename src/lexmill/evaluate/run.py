@@ -46,18 +46,20 @@ def evaluate(
     engine: TorchEngine,
     records: Iterable[Record],
     *,
+    adapter: str | None = None,
     progress: Callable[[int], None] | None = None,
     where: Callable[[int], str] | None = None,
 ) -> Evaluation:
     """Answer every record and score the answers. A record that cannot be answered raises its error.
 
     Args:
+        adapter: which answers, where the engine has several.
         progress: told how many records are done.
         where: the place of a record by its index, for errors.
     """
     asked: list[Record] = []
     answers: list[Any] = []
-    for record, answer in engine.run_stream(records, labelled=True):
+    for record, answer in engine.run_stream(records, labelled=True, adapter=adapter):
         if isinstance(answer, UserError) and where is not None:
             raise UserError(answer.message, where=where(len(asked)), hint=answer.hint) from answer
         if isinstance(answer, Exception):
@@ -66,4 +68,4 @@ def evaluate(
         answers.append(answer)
         if progress is not None:
             progress(len(asked))
-    return Evaluation(engine.task.evaluate(answers, asked), len(asked))
+    return Evaluation(engine.task_for(adapter).evaluate(answers, asked), len(asked))

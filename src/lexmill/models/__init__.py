@@ -5,7 +5,17 @@ from lexmill.models.config import LayerOverride, ModelConfig
 from lexmill.models.encoder_decoder import EncoderDecoder, Memory
 from lexmill.models.generate import Generated, greedy
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LanguageShape, LMHead, register_head
-from lexmill.models.io import head_tensors, init, init_like, load, module_names, save, trunk_prefix, weights_digest
+from lexmill.models.io import (
+    digest,
+    head_tensors,
+    init,
+    init_like,
+    load,
+    module_names,
+    save,
+    trunk_prefix,
+    weights_digest,
+)
 from lexmill.models.model import Model
 from lexmill.models.recurrent import Recurrent, RecurrentConfig
 from lexmill.models.search import Beams, Said, search
@@ -30,6 +40,7 @@ __all__ = [
     "Structure",
     "Transformer",
     "Trunk",
+    "digest",
     "greedy",
     "head_tensors",
     "init",

@@ -250,7 +250,7 @@ class Transformer(Trunk):
             positions = positions + self.prefix_length
         count = len(self.layers)
         whole = cache is not None or collect is not None or inputs_embeds is not None
-        known = None if whole else known_states(ids, layout)
+        known = None if whole else known_states(ids, layout, self.embeddings.token.weight.dtype)
         start, x = known or (0, self.embeddings(ids, positions, types, inputs_embeds))
         stop = count if until is None else until
         if not torch.compiler.is_compiling():

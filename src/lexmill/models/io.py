@@ -170,7 +170,12 @@ def head_tensors(model: Model) -> tuple[families.Use | None, dict[str, Tensor]]:
 
 def weights_digest(model: Model) -> dict[str, str]:
     """The sha256 of each tensor's bytes, by the name it has in a file."""
-    return {name: _sha256(tensor) for name, tensor in named_tensors(model).items()}
+    return digest(named_tensors(model))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The sha256 of each tensor's bytes."""
+    return {name: _sha256(tensor) for name, tensor in tensors.items()}
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -133,7 +133,11 @@ class Trunk(nn.Module, ABC):
         return [(weight.shape[1], weight.shape[0]) for layer in self.blocks for weight in self.matrices(layer)]
 
 
-def known_states(ids: Int[Tensor, "*rows"], layout: Layout) -> tuple[int, Float[Tensor, "tok dim"]] | None:
+def known_states(
+    ids: Int[Tensor, "*rows"], layout: Layout, dtype: torch.dtype
+) -> tuple[int, Float[Tensor, "tok dim"]] | None:
     """A layer, and the hidden states that enter it, where the layout knows them for these very `ids`."""
     known = layout.known if isinstance(layout, Packed) else None
-    return (known.layer, known.rows) if known is not None and torch.equal(known.ids, ids) else None
+    if known is None or not torch.equal(known.ids, ids):
+        return None
+    return known.layer, known.rows.to(dtype)

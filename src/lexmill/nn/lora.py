@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lexmill.nn.dropout import Dropout
@@ -43,15 +44,19 @@ class LowRank(nn.Module):
         return self.scale * (self.b @ self.a)
 
 
+RowsOf = Mapping[str, Int[Tensor, "some"]]
+"""By name of an adapter, the rows that it is for; no row is in two, and those in none have no adapter."""
+
+
 class LoraLinear(Linear):
-    """A dense layer with low-rank adapters by name, of which one or none is active."""
+    """A dense layer with low-rank adapters by name, of which one or none is active, or each for some rows."""
 
     kind: ClassVar[str] = "lora"
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: str | RowsOf | None = None
         self.inside: str | None = None
         """The adapter that the matrix holds, added in place."""
 
@@ -69,11 +74,11 @@ class LoraLinear(Linear):
 
     def merged(self) -> Linear:
         """A dense layer that computes the same with the active adapter inside its matrix. Its weight is new."""
-        return self.with_delta(None if self.active is None else self.adapter(self.active).delta())
+        return self.with_delta(self.adapter(self.active).delta() if isinstance(self.active, str) else None)
 
     def merge(self) -> None:
         """Add the active adapter to the matrix in place; the layer is then as fast as a dense one."""
-        if self.active is None or self.inside is not None:
+        if not isinstance(self.active, str) or self.inside is not None:
             raise ValueError("there is no active adapter to merge, or one is inside already")
         self.whole()
         with torch.no_grad():
@@ -94,7 +99,15 @@ class LoraLinear(Linear):
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         y = super().forward(input)
-        return y if self.active is None else self.adapter(self.active).onto(y, input)
+        if self.active is None:
+            return y
+        if isinstance(self.active, str):
+            return self.adapter(self.active).onto(y, input)
+        for name, rows in self.active.items():
+            if name in self.adapters:
+                chosen = self.adapter(name).onto(y.index_select(0, rows), input.index_select(0, rows))
+                y = y.index_copy(0, rows, chosen)
+        return y
 
     def adapter(self, name: str) -> LowRank:
         """The adapter of this name."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 from lexmill.engine import Engine, open_engine
 from lexmill.errors import MissingExtra, UserError
@@ -106,7 +107,9 @@ def _welcome(url: str, engines: dict[str, Engine]) -> Iterator[str]:
     tasks = [engine.task for engine in engines.values()]
     for name, engine in engines.items():
         several = sum(task.name == engine.task.name for task in tasks) > 1
-        query = f"?model={name}" if several else ""
+        chosen = [("model", name)] if several else []
+        chosen += [("adapter", adapter) for adapter in engine.adapters[:1]]
+        query = f"?{urlencode(chosen)}" if chosen else ""
         body = shlex.quote(json.dumps(_example(engine.task), ensure_ascii=False))
         yield f"  curl {shlex.quote(f'{url}/v1/{engine.task.name}{query}')} --json {body}"
 

@@ -8,22 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from lexmill import models
-from lexmill.engine import load
-from lexmill.evaluate.probes import FILE, evidence
+from lexmill.adapt import adapter_tensors
+from lexmill.engine import Loaded, load
+from lexmill.evaluate.probes import evidence, stored_in
 
 
 def observe(path: Path) -> dict[str, Any]:
-    """The digests of the loaded weights, the evidence for the stored probes, and the records that the loaded task
-    makes of the stored request."""
+    """The digests of the loaded weights, and what each set of stored probes gives, by name of its adapter."""
     loaded = load(path)
-    stored = json.loads((path / FILE).read_text(encoding="utf-8"))
+    # With adapters in it a trunk has tensors of theirs; its own are then read once more.
+    base = models.load(path) if loaded.adapters else loaded.model
+    adapters = adapter_tensors({name: one.model for name, one in loaded.adapters.items()})
+    return {
+        "weights": models.weights_digest(base) | models.digest(adapters),
+        "task": loaded.task.name,
+        "evidence_field": loaded.task.evidence_field,
+        "probes": {
+            name or "": _probed(loaded.of(name), json.loads(file.read_text(encoding="utf-8")))
+            for name, file in stored_in(path, loaded.adapters).items()
+        },
+    }
+
+
+def _probed(loaded: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
+    """The evidence for the stored probes, and the records that the loaded task makes of the stored request."""
     request = loaded.task.Request.model_validate(stored["request"])
     return {
-        "weights": models.weights_digest(loaded.model),
         "evidence": evidence(loaded, [probe["record"] for probe in stored["probes"]]),
-        "task": loaded.task.name,
         "records": [dict(record) for record in loaded.task.items(request)],
-        "evidence_field": loaded.task.evidence_field,
     }
 
 

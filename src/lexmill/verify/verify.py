@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from urllib.parse import urlencode
 
 from lexmill.artifact import Artifact
 from lexmill.errors import UserError
-from lexmill.evaluate.probes import FILE, FORMAT
+from lexmill.evaluate.probes import FORMAT, stored_in
 from lexmill.verify.compare import TOLERANCE, Check, compare
 from lexmill.verify.processes import ProcessFailed, ask, reload, served
 
@@ -64,29 +65,45 @@ def _checks(artifact: Artifact, timeout: float) -> Iterator[Check]:
     yield files
     if not files.ok:
         return
-    stored = _stored(artifact.path / FILE)
-    records = [probe["record"] for probe in stored["probes"]]
-    trained = [probe["evidence"] for probe in stored["probes"]]
+    adapters = cast("dict[str, Any]", artifact.manifest.structure.get("adapters", {}))
+    probed = {name: _stored(file) for name, file in stored_in(artifact.path, adapters).items()}
     try:
         found = reload(artifact.path, timeout)
     except ProcessFailed as fault:
         yield Check("trained = reloaded", False, str(fault))
         return
-    loaded = (
-        _weights(artifact.manifest.weights, found["weights"]),
-        compare("trained = reloaded", records, trained, found["evidence"]),
-        _inputs(records, found["records"]),
-    )
+    loaded = [_weights(artifact.manifest.weights, found["weights"])]
+    for adapter, stored in probed.items():
+        records, trained, seen = _records(stored), _evidence(stored), found["probes"][adapter or ""]
+        loaded += [
+            _for(adapter, compare("trained = reloaded", records, trained, seen["evidence"])),
+            _for(adapter, _inputs(records, seen["records"])),
+        ]
     yield from loaded
     if not all(check.ok for check in loaded):
         return
     try:
         with served(artifact.path, timeout) as url:
-            answers = ask(f"{url}/v1/{found['task']}?timeout={timeout}", stored["request"], timeout)
+            for adapter, stored in probed.items():
+                query = urlencode({"timeout": timeout, **({"adapter": adapter} if adapter else {})})
+                answers = ask(f"{url}/v1/{found['task']}?{query}", stored["request"], timeout)
+                given = [answer[found["evidence_field"]] for answer in answers]
+                yield _for(adapter, compare("trained = served", _records(stored), _evidence(stored), given))
     except ProcessFailed as fault:
         yield Check("trained = served", False, str(fault))
-        return
-    yield compare("trained = served", records, trained, [answer[found["evidence_field"]] for answer in answers])
+
+
+def _records(stored: Mapping[str, Any]) -> list[Any]:
+    return [probe["record"] for probe in stored["probes"]]
+
+
+def _evidence(stored: Mapping[str, Any]) -> list[Any]:
+    return [probe["evidence"] for probe in stored["probes"]]
+
+
+def _for(adapter: str | None, check: Check) -> Check:
+    """The check under the name of the adapter it was made with."""
+    return check if adapter is None else replace(check, name=f"{check.name}, {adapter}")
 
 
 def _files(artifact: Artifact) -> Check:

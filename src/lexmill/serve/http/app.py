@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from lexmill.monitor import ServingMetrics
 from lexmill.serve.http.errors import HANDLERS, ErrorBody, UnknownModel
 from lexmill.serve.http.limits import BodyLimit, Limits
 from lexmill.serve.http.metrics import QueueDepth, Timed, batches_of
-from lexmill.tasks.base import Record, Task
+from lexmill.tasks.base import Task
 
 A = TypeVar("A", bound=BaseModel)
 
@@ -106,15 +107,16 @@ def _ask(
         http: HttpRequest,
         body: BaseModel,
         model: Annotated[str | None, Query(description="Which model, where several are served.")] = None,
+        adapter: Annotated[list[str] | None, Query(description="Which adapter.")] = None,
         timeout: Annotated[float, Query(gt=0, le=limits.max_timeout, description="Seconds.")] = limits.timeout,
     ) -> Response:
         name = _pick(names, model)
         batcher = batchers[name]
-        records = batcher.engine.task.items(body)
-        if len(records) > limits.items:
-            raise UserError(f"the request holds {len(records)} items, more than {limits.items}", hint="send several")
-        answers = await _answers(batcher, records, http, timeout)
-        content = await asyncio.to_thread(_rendered, name, batcher.engine.task, answers, body)
+        items = _items(batcher.engine, body, adapter)
+        if len(items) > limits.items:
+            raise UserError(f"the request holds {len(items)} items, more than {limits.items}", hint="send several")
+        answers = await _answers(batcher, items, http, timeout)
+        content = await asyncio.to_thread(_rendered, name, batcher.engine, items, answers, body)
         return Response(content, media_type="application/json")
 
     # The signature is the schema: FastAPI reads the body's type from here, for parsing and for OpenAPI.
@@ -122,6 +124,10 @@ def _ask(
         "http": HttpRequest,
         "body": task.Request,
         "model": Annotated[str | None, Query(description="Which model, where several are served.")],
+        "adapter": Annotated[
+            list[str] | None,
+            Query(description="Which adapter, where a model has several; given once, or once an item."),
+        ],
         "timeout": Annotated[float, Query(gt=0, le=limits.max_timeout, description="Seconds until it is given up.")],
     }
     return ask
@@ -138,7 +144,19 @@ def _pick(names: Sequence[str], model: str | None) -> str:
     return model
 
 
-async def _answers(batcher: Batcher, records: Sequence[Record], http: HttpRequest, timeout: float) -> list[Any]:
+def _items(engine: Engine, body: BaseModel, adapters: Sequence[str] | None) -> list[Request]:
+    """The items of a request, each for its own adapter."""
+    named: Sequence[str | None] = adapters or [None]
+    read = {name: engine.task_for(name).items(body) for name in named}
+    count = len(read[named[0]])
+    if len(named) not in (1, count):
+        hint = "give one for all, or one for each"
+        raise UserError(f"{len(named)} adapters for {count} items", where="query.adapter", hint=hint)
+    each = [named[0]] * count if len(named) == 1 else named
+    return [Request(read[name][i], adapter=name) for i, name in enumerate(each)]
+
+
+async def _answers(batcher: Batcher, items: Sequence[Request], http: HttpRequest, timeout: float) -> list[Any]:
     """Wait for the answers, no longer than the caller does.
 
     Raises:
@@ -148,7 +166,7 @@ async def _answers(batcher: Batcher, records: Sequence[Record], http: HttpReques
     """
     cancel = threading.Event()
     deadline = time.monotonic() + timeout
-    futures = batcher.submit_all([Request(record, deadline=deadline, cancel=cancel) for record in records])
+    futures = batcher.submit_all([replace(item, deadline=deadline, cancel=cancel) for item in items])
     answered = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
     gone = asyncio.ensure_future(_disconnect(http))
     try:
@@ -174,8 +192,10 @@ async def _disconnect(http: HttpRequest) -> None:
         pass
 
 
-def _rendered(name: str, task: Task, answers: Sequence[Any], body: BaseModel) -> bytes:
-    content = {"model": name, "answers": [task.render(answer, body) for answer in answers]}
+def _rendered(name: str, engine: Engine, items: Sequence[Request], answers: Sequence[Any], body: BaseModel) -> bytes:
+    tasks = {item.adapter: engine.task_for(item.adapter) for item in items}
+    shown = [tasks[item.adapter].render(answer, body) for item, answer in zip(items, answers, strict=True)]
+    content = {"model": name, "answers": shown}
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 

@@ -33,7 +33,7 @@ def test_looking_at_data_imports_no_torch() -> None:
     assert "torch" not in imported("import lexmill as lm\nfrom lexmill.data import banking77\nlm.check(banking77()[1])")
 
 
-@pytest.mark.parametrize("verb", ["fit", "check", "show", "evaluate", "predict", "verify", "serve", "demo"])
+@pytest.mark.parametrize("verb", ["fit", "check", "combine", "show", "evaluate", "predict", "verify", "serve", "demo"])
 def test_help_lists_every_verb(verb: str) -> None:
     from tests.cli.conftest import lexmill as cli
 
@@ -43,7 +43,7 @@ def test_help_lists_every_verb(verb: str) -> None:
 
 def test_the_public_surface() -> None:
     assert lexmill.__all__ == [
-        "Failure", "MissingExtra", "OpenArtifact", "UserError", "check", "evaluate", "fit", "import_gguf",
+        "Failure", "MissingExtra", "OpenArtifact", "UserError", "check", "combine", "evaluate", "fit", "import_gguf",
         "load", "serve", "verify",
     ]  # fmt: skip
     assert set(lexmill.__all__) <= set(dir(lexmill))

@@ -35,6 +35,8 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
 }
 
+MODERN = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {}),
     "roberta": ("Roberta", {"type_vocab_size": 1}),
@@ -43,6 +45,30 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("DistilBert", {"hidden_dim": 40, "activation": "relu"}),
     "ernie": ("Ernie", {}),
     "ernie_with_tasks": ("Ernie", {"use_task_id": True, "task_type_vocab_size": 4}),
+    "albert": ("Albert", {"embedding_size": 12, "num_hidden_layers": 4}),
+    "albert_in_groups": (
+        "Albert",
+        {
+            "embedding_size": 32,
+            "num_hidden_layers": 5,
+            "num_hidden_groups": 3,
+            "inner_group_num": 2,
+            "hidden_act": "relu",
+        },
+    ),
+    "modernbert": ("ModernBert", MODERN | {"num_hidden_layers": 5, "local_attention": 6}),
+    "modernbert_odd_window_mean_biased": (
+        "ModernBert",
+        MODERN
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3}
+        | {"local_attention": 9, "classifier_pooling": "mean", "classifier_activation": "relu", "classifier_bias": True}
+        | {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "norm_eps": 1e-3, "hidden_activation": "silu"}
+        | {"rope_parameters": {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 7.0}}},
+    ),
+    "modernbert_without_windows": (
+        "ModernBert",
+        MODERN | {"global_attn_every_n_layers": 1, "classifier_pooling": "mean"},
+    ),
 }
 
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,6 +80,15 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2_tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "glm": ("Glm", {"num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 3}),
+    "glm4": ("Glm4", {"num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 3, "hidden_act": "gelu"}),
+    "glm4_three_quarters": (
+        "Glm4",
+        {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}
+        | {
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0, "partial_rotary_factor": 0.75}
+        },
+    ),
     "qwen3_biased": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True}),
 }
 

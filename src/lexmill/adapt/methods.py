@@ -88,10 +88,10 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
     """Prepare a model for training as `config` says. Its heads must be attached.
 
     Raises:
-        UserError: a target that the model's layers do not have, more layers than it has, or a method that has nothing
-            to do in this model.
+        UserError: a target that the model's layers do not have, more layers than it has, layers that share their
+            weights with others, or a method that has nothing to do in this model.
     """
-    numbers = _chosen(len(model.trunk.layers), config.layers)
+    layers = _chosen(model.trunk.layers, config.layers)
     if config.method == "full" and config.layers is None:
         if config.base_bits is not None:
             hint = "choose lora, or another method that leaves the matrices as they are"
@@ -100,7 +100,7 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
             )
         return _adapted(model, config)
     model.trunk.requires_grad_(False)
-    _METHODS[config.method](_Surgery(model, {i: model.trunk.layers[i] for i in numbers}, config))
+    _METHODS[config.method](_Surgery(model, layers, config))
     model.heads.requires_grad_(True)
     if model.has_tied_output:
         # A head that shares the token embedding would train the trunk's table.
@@ -108,7 +108,18 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
     return _adapted(model, config)
 
 
-def _chosen(count: int, layers: int | Sequence[int] | None) -> list[int]:
+def _chosen(layers: nn.ModuleList, wanted: int | Sequence[int] | None) -> dict[int, nn.Module]:
+    """The layers wanted, by number; those that are the same module once, by the lowest."""
+    numbers = _numbers(len(layers), wanted)
+    chosen = {layers[number]: number for number in reversed(numbers)}
+    shared = [number for number, layer in enumerate(layers) if layer in chosen and number not in numbers]
+    if shared:
+        hint = "give layers that share weights together, or leave it out"
+        raise UserError(f"layer {shared[0]} shares its weights with a chosen one", where="adapt.layers", hint=hint)
+    return {number: layer for layer, number in reversed(chosen.items())}
+
+
+def _numbers(count: int, layers: int | Sequence[int] | None) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, int):
@@ -196,6 +207,7 @@ def _transformer(on: _Surgery) -> Transformer:
 
 def _prefix(on: _Surgery) -> None:
     count, trunk = on.config.tokens, _transformer(on)
+    own_attentions(on.model)
     _refuse_no_room(on.model, count)
     if any(isinstance(one, Prefix) for _, one in additions(trunk)):
         raise UserError("the model has a prefix already", where="adapt.method", hint="train it with another method")
@@ -282,8 +294,12 @@ def own_attention(layer: nn.Module) -> Attention:
 
 
 def own_attentions(model: Model) -> list[Attention]:
-    """Those of all layers of the trunk."""
-    return [own_attention(layer) for layer in model.trunk.layers]
+    """Those of all layers of the trunk. A `UserError` where layers share one."""
+    found = [own_attention(layer) for layer in model.trunk.layers]
+    if len(set(found)) < len(found):
+        hint = "choose another method, such as lora"
+        raise UserError("layers that share weights cannot have a prefix each", where="adapt.method", hint=hint)
+    return found
 
 
 def linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, Linear]]:

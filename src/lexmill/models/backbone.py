@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,30 +21,34 @@ from lexmill.nn.dropout import Dropout
 from lexmill.nn.embedding import Embedding
 from lexmill.nn.front import Front, Prompt
 from lexmill.nn.layout import Layout, Packed
+from lexmill.nn.linear import Linear
 from lexmill.nn.mlp import MLP
-from lexmill.nn.norm import norm
+from lexmill.nn.norm import LayerNorm, RMSNorm, norm
 from lexmill.nn.pooling import select
 from lexmill.nn.relative import RelativeBias
 from lexmill.nn.rotary import Rope, Rotary
+from lexmill.nn.shared import SharedLayers
 
 
 class Embeddings(TokenEmbeddings):
-    """Token embeddings, with positions and segment types added where the model has them.
+    """Token embeddings, with positions and segment types added where the model has them, projected where they are of
+    another width than the layers.
 
     The token table's gradients are row-sparse (`token.sparse`) until an output head shares it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        size = config.hidden_size
+        size = config.embedding_size or config.hidden_size
         self.token = Embedding(config.vocab_size, size, sparse=True, role="vocab")
         rows = config.position_offset + config.max_positions
         self.position = Embedding(rows, size) if config.positions == "learned" else None
         self.position_offset = config.position_offset
         self.segment = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
         self.task_type = Embedding(config.task_type_vocab_size, size) if config.task_type_vocab_size else None
-        self.norm = norm(config.norm, size, config.norm_eps) if config.embedding_norm else nn.Identity()
+        self.norm = norm_of(config, size) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout)
+        self.projection = Linear(size, config.hidden_size) if config.embedding_size else nn.Identity()
         self.prompt: Prompt | None = None
 
     def forward(
@@ -52,7 +56,7 @@ class Embeddings(TokenEmbeddings):
         ids: Int[Tensor, "*rows"],
         positions: Int[Tensor, "*rows"],
         types: Int[Tensor, "*rows"] | None,
-        inputs_embeds: Float[Tensor, "*rows dim"] | None,
+        inputs_embeds: Float[Tensor, "*rows table_dim"] | None,
     ) -> Float[Tensor, "*rows dim"]:
         x = self.token(ids) if inputs_embeds is None else inputs_embeds
         if self.segment is not None:
@@ -61,16 +65,17 @@ class Embeddings(TokenEmbeddings):
             x = x + self.position(positions + self.position_offset if self.position_offset else positions)
         if self.task_type is not None:
             x = x + self.task_type.weight[0]
-        return self.dropout(self.norm(x))
+        return self.projection(self.dropout(self.norm(x)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with its norm and residual."""
+    """Attention and feed-forward, each with its norms and residual."""
 
     def __init__(self, config: ModelConfig, shape: LayerShape) -> None:
         super().__init__()
         size = config.hidden_size
-        self.pre_norm = config.norm_place == "pre"
+        self.post_norm, around = config.norm_place == "post", config.norm_place == "around"
+        self.rope_kind = (shape.rope_theta, shape.rope_scaling)
         self.attention = Attention(
             size,
             shape.num_heads,
@@ -84,9 +89,11 @@ class Block(nn.Module):
             window=shape.window,
             dropout=config.attention_dropout,
         )
-        self.attention_norm = norm(config.norm, size, config.norm_eps)
+        self.attention_norm = norm_of(config) if shape.attention_norm else nn.Identity()
+        self.attention_out_norm = norm_of(config) if around else nn.Identity()
         self.mlp = MLP(size, shape.intermediate_size, config.activation, gated=config.gated, bias=config.mlp_bias)
-        self.mlp_norm = norm(config.norm, size, config.norm_eps)
+        self.mlp_norm = norm_of(config)
+        self.mlp_out_norm = norm_of(config) if around else nn.Identity()
         self.dropout = Dropout(config.dropout)
 
     def forward(
@@ -101,13 +108,13 @@ class Block(nn.Module):
         collect: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """The next hidden state; with `only`, that of the first or last token of each sequence, `[seq, dim]`."""
-        if self.pre_norm:
-            x, mixed = self._attend(hidden, self.attention_norm(hidden), layout, rope, bias, only, cache, collect)
-            x = self.dropout.onto(x, mixed)
-            return self.dropout.onto(x, self.mlp(self.mlp_norm(x)))
-        x, mixed = self._attend(hidden, hidden, layout, rope, bias, only, cache, collect)
-        x = self.attention_norm(self.dropout.onto(x, mixed))
-        return self.mlp_norm(self.dropout.onto(x, self.mlp(x)))
+        if self.post_norm:
+            x, mixed = self._attend(hidden, hidden, layout, rope, bias, only, cache, collect)
+            x = self.attention_norm(self.dropout.onto(x, mixed))
+            return self.mlp_norm(self.dropout.onto(x, self.mlp(x)))
+        x, mixed = self._attend(hidden, self.attention_norm(hidden), layout, rope, bias, only, cache, collect)
+        x = self.dropout.onto(x, self.attention_out_norm(mixed))
+        return self.dropout.onto(x, self.mlp_out_norm(self.mlp(self.mlp_norm(x))))
 
     def _attend(
         self,
@@ -127,11 +134,11 @@ class Block(nn.Module):
             mixed = self.attention(normed, layout, rope=rope, bias=bias, cache=cache, collect=collect)
             return select(hidden, layout, only), select(mixed, layout, only)
         asked = select(normed, layout, only)
-        turned = None if rope is None else Rope(select(rope.cos, layout, only), select(rope.sin, layout, only))
+        turned = None if rope is None else rope.of(lambda rows: select(rows, layout, only))
         packed = isinstance(layout, Packed)
         if not packed:
             asked = asked.unsqueeze(1)
-            turned = None if turned is None else Rope(turned.cos.unsqueeze(1), turned.sin.unsqueeze(1))
+            turned = None if turned is None else turned.of(lambda rows: rows.unsqueeze(1))
         mixed = self.attention(
             asked,
             layout.single,
@@ -158,10 +165,13 @@ class Transformer(Trunk):
         self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.fan_in = config.initializer_fan_in
         self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.layers = nn.ModuleList(Block(config, config.layer(i)) for i in range(config.num_layers))
-        self.norm = norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else nn.Identity()
-        rotary = config.positions == "rotary"
-        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling) if rotary else None
+        shapes = [config.layer(config.schedule.index(stored)) for stored in range(config.num_stored_layers)]
+        blocks = [Block(config, shape) for shape in shapes]
+        self.layers = SharedLayers(blocks, config.schedule) if config.num_groups else nn.ModuleList(blocks)
+        self.norm = norm_of(config) if config.final_norm else nn.Identity()
+        kinds = {(shape.rope_theta, shape.rope_scaling) for shape in shapes if config.positions == "rotary"}
+        dim, interleaved = config.rope_dim or config.head_dim, config.rope_interleaved
+        self.rotary = {kind: Rotary(dim, *kind, interleaved=interleaved) for kind in kinds}
         self.relative = (
             RelativeBias(config.num_heads, config.relative_buckets, config.relative_max_distance, both_ways=True)
             if config.positions == "relative"
@@ -178,7 +188,7 @@ class Transformer(Trunk):
         cache: Cache | None = None,
         only: Only = "all",
         collect: list[dict[str, Tensor]] | None = None,
-        inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
+        inputs_embeds: Float[Tensor, "*rows table_dim"] | None = None,
         until: int | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """See `Trunk.forward`. With `only`, the last layer computes queries, output and feed-forward for one token a
@@ -243,7 +253,7 @@ class Transformer(Trunk):
         cache: KVCache | None,
         only: Only,
         collect: list[dict[str, Tensor]] | None,
-        inputs_embeds: Float[Tensor, "*rows dim"] | None,
+        inputs_embeds: Float[Tensor, "*rows table_dim"] | None,
         until: int | None,
     ) -> Float[Tensor, "*some_rows dim"]:
         if self.prefix_length:
@@ -264,7 +274,7 @@ class Transformer(Trunk):
                 raise ValueError("the first token of a sequence is in the cache already; ask for 'all' or 'last'")
             cache.begin(layout)
             caches = cache.layers
-        rope = None if self.rotary is None else self.rotary(positions, self._reach(layout, cache), x.dtype)
+        ropes = {kind: turn(positions, self._reach(layout, cache), x.dtype) for kind, turn in self.rotary.items()}
         bias = None if self.relative is None else self.relative(self._reach(layout, cache))
         if collect is not None:
             collect.append({"hidden": x})
@@ -272,9 +282,10 @@ class Transformer(Trunk):
         for index in range(start, stop):
             seen: dict[str, Tensor] | None = None if collect is None else {}
             last = index == count - 1
-            block = self.layers[index]
+            block = cast("Block", self.layers[index])
             run = partial(checkpoint, block, use_reentrant=False) if again else block
             wanted: Only = only if last else "all"
+            rope = ropes.get(block.rope_kind)
             x = run(x, layout, rope=rope, bias=bias, only=wanted, cache=caches[index], collect=seen)
             if collect is not None and seen is not None:
                 collect.append(seen | {"hidden": x})
@@ -315,6 +326,11 @@ class Transformer(Trunk):
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
         initialise(self, self.config.initializer_range, generator, fan_in=self.fan_in)
+
+
+def norm_of(config: ModelConfig, size: int | None = None) -> LayerNorm | RMSNorm:
+    """A norm as the config has it, of hidden states or of this size."""
+    return norm(config.norm, size or config.hidden_size, config.norm_eps, bias=config.norm_bias)
 
 
 def initialise(

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lexmill.errors import UserError
-from lexmill.models.backbone import Block, Transformer
+from lexmill.models.backbone import Block, Transformer, norm_of
 from lexmill.models.config import LayerShape, ModelConfig
 from lexmill.nn.attention import Attention
 from lexmill.nn.cache import KVCache, LayerCache
 from lexmill.nn.layout import Dense, Layout, Packed
-from lexmill.nn.norm import norm
 from lexmill.nn.relative import RelativeBias
 
 KeysValues = tuple[Tensor, Tensor]
@@ -62,7 +61,7 @@ class DecoderBlock(Block):
             scaled=config.attention_scaled,
             dropout=config.attention_dropout,
         )
-        self.cross_norm = norm(config.norm, config.hidden_size, config.norm_eps)
+        self.cross_norm = norm_of(config)
 
     def decode(
         self,
@@ -84,9 +83,9 @@ class DecoderBlock(Block):
         self, x: Float[Tensor, "*rows dim"], normalise: nn.Module, part: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "*rows dim"]:
         """One sub-layer with its residual and norm."""
-        if self.pre_norm:
-            return self.dropout.onto(x, part(normalise(x)))
-        return normalise(self.dropout.onto(x, part(x)))
+        if self.post_norm:
+            return normalise(self.dropout.onto(x, part(x)))
+        return self.dropout.onto(x, part(normalise(x)))
 
 
 class Decoder(nn.Module):
@@ -96,7 +95,7 @@ class Decoder(nn.Module):
         super().__init__()
         shapes = [config.layer(config.num_layers + i) for i in range(config.decoder_layers)]
         self.layers = nn.ModuleList(DecoderBlock(config, shape) for shape in shapes)
-        self.norm = norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = norm_of(config) if config.final_norm else nn.Identity()
         self.relative = (
             RelativeBias(config.num_heads, config.relative_buckets, config.relative_max_distance, both_ways=False)
             if config.positions == "relative"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lexmill.errors import UserError
 from lexmill.models.config import strict
@@ -21,9 +22,9 @@ from lexmill.nn.norm import LayerNorm
 from lexmill.nn.pooling import Pooling
 from lexmill.nn.token_loss import token_losses
 
-Transform = Literal["tanh", "relu"]
+Transform = Literal["tanh", "relu", "gelu"]
 
-TRANSFORMS: dict[Transform, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+TRANSFORMS: dict[Transform, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ClassifierShape:
 
     Args:
         transform: the activation of a square layer before the output; None for no such layer.
+        transform_bias: whether that layer has one.
+        norm_eps, norm_bias: of a layer norm after the activation; `norm_eps` is None where there is none.
         dropout: before the output, in training.
         pooling: the vector of a sequence that the head is given.
         bias: whether the output has one.
@@ -42,6 +45,9 @@ class ClassifierShape:
     dropout: float = 0.1
     pooling: Pooling = "first"
     bias: bool = True
+    transform_bias: bool = True
+    norm_eps: float | None = None
+    norm_bias: bool = True
 
 
 class Head(nn.Module, ABC):
@@ -93,13 +99,16 @@ class ClassifierHead(Head):
     def __init__(self, hidden_size: int, shape: ClassifierShape) -> None:
         super().__init__()
         self.shape = shape
-        self.transform = Linear(hidden_size, hidden_size) if shape.transform else None
+        self.transform = Linear(hidden_size, hidden_size, bias=shape.transform_bias) if shape.transform else None
+        self.norm = None if shape.norm_eps is None else LayerNorm(hidden_size, shape.norm_eps, bias=shape.norm_bias)
         self.dropout = Dropout(shape.dropout)
         self.output = Linear(hidden_size, shape.num_labels, bias=shape.bias)
 
     def forward(self, pooled: Float[Tensor, "seq dim"]) -> Float[Tensor, "seq label"]:
         if self.transform is not None and self.shape.transform is not None:
             pooled = TRANSFORMS[self.shape.transform](self.transform(pooled))
+        if self.norm is not None:
+            pooled = self.norm(pooled)
         return self.output(self.dropout(pooled))
 
     @property
@@ -120,15 +129,19 @@ class LanguageShape:
 
     Args:
         bias: whether the output has one.
-        transform: the activation of a square layer, with a layer norm after it, before the output (BERT); None for
-            neither.
+        transform: the activation of a layer, with a layer norm after it, before the output (BERT); None for neither.
+        width: of what that layer gives; that of the hidden state where None.
+        transform_bias: whether that layer has one; `norm_bias` likewise.
         norm_eps: of that norm.
         scale: what hidden states are multiplied by before the output (T5).
     """
 
     bias: bool = False
     transform: Activation | None = None
+    width: int | None = None
+    transform_bias: bool = True
     norm_eps: float = 1e-12
+    norm_bias: bool = True
     scale: float = 1.0
 
 
@@ -147,9 +160,10 @@ class LMHead(Head):
     ) -> None:
         super().__init__()
         self.shape = shape or LanguageShape()
-        self.transform = Linear(hidden_size, hidden_size) if self.shape.transform else None
-        self.norm = LayerNorm(hidden_size, self.shape.norm_eps) if self.shape.transform else None
-        self.output = Linear(hidden_size, vocab_size, bias=self.shape.bias, role="vocab")
+        width, form = self.shape.width or hidden_size, self.shape
+        self.transform = Linear(hidden_size, width, bias=form.transform_bias) if form.transform else None
+        self.norm = LayerNorm(width, form.norm_eps, bias=form.norm_bias) if form.transform else None
+        self.output = Linear(width, vocab_size, bias=form.bias, role="vocab")
         self.tied = tied is not None
         if tied is not None:
             self.output.weight = tied.weight
@@ -163,7 +177,7 @@ class LMHead(Head):
         """The negative log-likelihood, in nats, of each target; see `token_losses`."""
         return token_losses(self._transformed(hidden), self.output.weight, self.output.bias, target)
 
-    def _transformed(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+    def _transformed(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
         if self.shape.scale != 1.0:
             hidden = hidden * self.shape.scale
         if self.transform is None or self.norm is None or self.shape.transform is None:

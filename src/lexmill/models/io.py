@@ -112,12 +112,9 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     moved = {name: _moved(name, family, old, prefix) for name in model.extras}
     tensors = {moved[name]: tensor for name, tensor in model.extras.items()}
     state = model.trunk.state_dict()
-    placed = _placed(family, model.trunk)
-    parts: dict[str, list[Tensor]] = {}
-    for ours, tensor in sorted(state.items(), key=lambda item: placed[item[0]].part):
-        theirs = _file_name(prefix, model.origin.names.get(ours, placed[ours].name))
-        parts.setdefault(theirs, []).append(tensor)
-        tensors[theirs] = placed[ours].join(parts[theirs])
+    for place in _places(family, model.trunk):
+        theirs = _file_name(prefix, model.origin.names.get(place.name, place.name))
+        tensors[theirs] = place.join([state[ours] for ours in place.ours])
     for name, head in model.heads.items():
         for ours, theirs in _head_names(model, name).items():
             tied = isinstance(head, LMHead) and head.tied and ours == "output.weight"
@@ -129,14 +126,16 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     return tensors
 
 
-def _placed(family: Family, trunk: Trunk) -> dict[str, Stored]:
+def _places(family: Family, trunk: Trunk) -> list[Stored]:
     """Where files keep trunk tensors: as the family's table has it, or, of additions, under names of their own."""
-    table = family.stored(trunk.config)
-    added = tuple(f"{path}." for path, _ in additions(trunk))
     names = trunk.state_dict()
-    if strange := [name for name in names if name not in table and not name.startswith(added)]:
+    table = [place for place in family.stored(trunk.config) if place.ours[0] in names]
+    placed = {ours for place in table for ours in place.ours}
+    rest = [name for name in names if name not in placed]
+    added = tuple(f"{path}." for path, _ in additions(trunk))
+    if strange := [name for name in rest if not name.startswith(added)]:
         raise ValueError(f"no file can hold '{strange[0]}': merge what was put beside the matrices")
-    return {ours: table.get(ours) or Stored(_ADDED + ours) for ours in names}
+    return [*table, *(Stored(_ADDED + ours, (ours,)) for ours in rest)]
 
 
 def _file_name(prefix: str, theirs: str) -> str:
@@ -147,9 +146,10 @@ def module_names(model: Model) -> dict[str, str]:
     """The layers of the trunk that have a weight, and what the family's files call them below its prefix."""
     family = families.find(model.family)
     found: dict[str, str] = {}
-    for ours, place in family.stored(model.config).items():
-        if ours.endswith(".weight") and place.plain:
-            stored = model.origin.names.get(ours, place.name)
+    for place in family.stored(model.config):
+        [ours, *others] = place.ours
+        if ours.endswith(".weight") and not others and not place.transposed:
+            stored = model.origin.names.get(place.name, place.name)
             found[ours.removesuffix(".weight")] = stored.removesuffix(".weight")
     return found
 
@@ -268,7 +268,8 @@ def _read_config(hf: dict[str, Any], where: str) -> tuple[Family, Structure]:
     own: Mapping[str, Any] = hf.pop(OWN_KEY, {})
     family = families.recognise(hf, where)
     try:
-        return family, family.read_config(hf, read_overrides(own.get("layers", ()), f"{OWN_KEY}.layers"))
+        layers = read_overrides(own["layers"], f"{OWN_KEY}.layers") if "layers" in own else None
+        return family, family.read_config(hf, layers)
     except UserError as error:
         raise UserError(error.message, where=f"{where}: {error.where}", hint=error.hint) from error
 
@@ -277,30 +278,28 @@ def _trunk_tensors(
     files: _Files, family: Family, trunk: Trunk, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], Origin]:
     """The trunk's state, and under which names it stood."""
-    state = trunk.state_dict()
-    placed = _placed(family, trunk)
-    wanted = {ours: (placed[ours].name, tensor.shape) for ours, tensor in state.items()}
+    shapes = {ours: list(tensor.shape) for ours, tensor in trunk.state_dict().items()}
+    places = _places(family, trunk)
     found = {family.canonical(name): name for name in files.names}
-    prefix = max(("", family.prefix), key=lambda start: sum(start + theirs in found for theirs, _ in wanted.values()))
-    wanted = {ours: (_file_name(prefix, theirs), shape) for ours, (theirs, shape) in wanted.items()}
-    missing = [theirs for theirs, _ in wanted.values() if theirs not in found]
+    prefix = max(("", family.prefix), key=lambda start: sum(start + place.name in found for place in places))
+    wanted = {_file_name(prefix, place.name): place for place in places}
+    missing = [theirs for theirs in wanted if theirs not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"the tensor '{missing[0]}'{more} is missing", where=files.where(missing[0]))
-    known = {theirs for theirs, _ in wanted.values()}
     for name, stored in found.items():
         inside = name.startswith(prefix) and family.in_trunk(name.removeprefix(prefix))
-        if inside and name not in known:
+        if inside and name not in wanted:
             hint = f"{CONFIG} describes a model without it"
             raise UserError(f"unexpected tensor '{stored}'", where=files.where(stored), hint=hint)
     loaded: dict[str, Tensor] = {}
     origin = Origin(prefix=prefix)
-    for ours, (theirs, shape) in wanted.items():
+    for theirs, place in wanted.items():
         stored = found[theirs]
-        place = placed[ours]
-        loaded[ours] = place.take(files.read(stored, place.shape(shape), dtype))
+        parts = [shapes[ours] for ours in place.ours]
+        loaded |= zip(place.ours, place.split(files.read(stored, place.shape(parts), dtype), parts), strict=True)
         if stored != theirs:
-            origin.names[ours] = stored.removeprefix(prefix)
+            origin.names[place.name] = stored.removeprefix(prefix)
     return loaded, origin
 
 
@@ -332,9 +331,10 @@ def _hf_head(model: Model, use: families.Use) -> str | None:
         return None
     [(name, head)] = heads.items()
     if isinstance(head, ClassifierHead):
-        form = replace(family.classifier, num_labels=head.shape.num_labels, dropout=head.shape.dropout)
+        usual = family.classifier_shape(model.config, model.origin.config)
+        form = replace(usual, num_labels=head.shape.num_labels, dropout=head.shape.dropout)
         return name if head.shape == form else None
-    return name if cast("LMHead", head).shape == family.language(model.config) else None
+    return name if cast("LMHead", head).shape == family.language_shape(model.config, model.origin.config) else None
 
 
 def trunk_prefix(model: Model) -> str:

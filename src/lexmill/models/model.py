@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lexmill.errors import UserError
 from lexmill.models import families
 from lexmill.models.backbone import initialise
+from lexmill.models.config import LayerOverride
 from lexmill.models.encoder_decoder import EncoderDecoder, Memory
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
 from lexmill.models.trunk import Only, Structure, Trunk
@@ -30,7 +31,7 @@ class Origin:
     Args:
         config: the Hugging Face config, all keys.
         prefix: of trunk tensors.
-        names: of trunk tensors that are not named as the family's table has it, by our names.
+        names: of trunk tensors that are not named as the family's table has it, by the names there.
     """
 
     config: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -76,7 +77,8 @@ class Model(nn.Module):
     @property
     def head_defaults(self) -> ClassifierShape:
         """The classification head of this family; its `num_labels` is a placeholder, its dropout the trunk's."""
-        return replace(families.find(self.family).classifier, dropout=self.config.dropout)
+        shape = families.find(self.family).classifier_shape(self.config, self.origin.config)
+        return replace(shape, dropout=self.config.dropout)
 
     @property
     def pooling(self) -> Pooling:
@@ -109,20 +111,24 @@ class Model(nn.Module):
     def training_work(self, known_layers: int = 0) -> int:
         """Operations a token that training must do: 2 a weight forward, 2 for the gradient of its input from the lowest
         layer up that is trained, 2 for its own where it is trained. The lowest `known_layers` do nothing."""
+        parts = [*([] if known_layers else [self.trunk.embeddings]), *self.trunk.layers[known_layers:]]
         work, reached = 0, any(p.requires_grad for p in self.trunk.embeddings.parameters())
-        for layer in self.trunk.layers[known_layers:]:
-            reached = reached or any(p.requires_grad for p in layer.parameters())
-            for weight in self.trunk.matrices(layer):
+        for part in parts:
+            reached = reached or any(p.requires_grad for p in part.parameters())
+            for weight in self.trunk.matrices(part):
                 work += weight.numel() * (2 + 2 * reached + 2 * weight.requires_grad)
         return work
 
     def depth(self, name: str) -> int:
-        """How high a parameter stands, by its name: 0 for embeddings, from 1 on for layers, then all above them."""
+        """How high a parameter stands, by its name: 0 for embeddings, from 1 on for layers, then all above them.
+
+        One that several layers share stands with the highest."""
         match name.split("."):
             case ["trunk", "embeddings", *_]:
                 return 0
             case ["trunk", "layers", index, *_]:
-                return 1 + int(index)
+                stored = self.trunk.layers.get_submodule(index)
+                return 1 + max(number for number, layer in enumerate(self.trunk.layers) if layer is stored)
             case _:
                 return 1 + len(self.trunk.layers)
 
@@ -220,14 +226,14 @@ class Model(nn.Module):
     def add_classifier(self, name: str, num_labels: int, **changes: Any) -> ClassifierHead:
         """Attach a classification head as this family has it, with `changes` to its `ClassifierShape`.
 
-        A transform starts from the source's pretrained one where there is one of its shape; other weights are drawn
-        from torch's generator.
+        A transform and its norm start from the source's pretrained ones where there are such of their shape; other
+        weights are drawn from torch's generator.
         """
         shape = replace(self.head_defaults, num_labels=num_labels, **changes)
         head = ClassifierHead(self.config.hidden_size, shape)
         initialise(head, self.config.initializer_range, fan_in=self.trunk.fan_in)
         if head.transform is not None:
-            self._start(head, "classifier", "transform.")
+            self._start(head, "classifier", ("transform.", "norm."))
         self.add_head(name, head)
         return head
 
@@ -238,7 +244,7 @@ class Model(nn.Module):
         if output is None:
             raise UserError("the model's files hold no classification head", hint="train one, or name another model")
         head = ClassifierHead(self.config.hidden_size, replace(self.head_defaults, num_labels=len(output)))
-        self._start(head, "classifier", "")
+        self._start(head, "classifier")
         self.add_head(name, head)
         return head
 
@@ -246,12 +252,12 @@ class Model(nn.Module):
         """Attach the head that predicts tokens, of this family's form: its output is the shared embedding where the
         config ties it; the rest is the source's own, or drawn from torch's generator where there is none."""
         tied = self.trunk.embeddings.token if self.config.tied_output else None
-        shape = families.find(self.family).language(self.config)
+        shape = families.find(self.family).language_shape(self.config, self.origin.config)
         head = LMHead(self.config.hidden_size, self.config.vocab_size, shape, tied=tied)
         for part in head.children():
             if part is not head.output or tied is None:
                 initialise(part, self.config.initializer_range, fan_in=self.trunk.fan_in)
-        self._start(head, "lm", "")
+        self._start(head, "lm")
         self.add_head(name, head)
         return head
 
@@ -267,7 +273,7 @@ class Model(nn.Module):
         """What a Hugging Face config cannot say: per-layer overrides, additions to the trunk, heads. Empty where there
         is none of them."""
         found: dict[str, Any] = {}
-        if self.config.layers:
+        if self.config.layers and self.config.layers != self._own_layers():
             found["layers"] = [asdict(layer) for layer in self.config.layers]
         if additions := describe_additions(self.trunk):
             found["additions"] = additions
@@ -276,6 +282,11 @@ class Model(nn.Module):
             found["heads"] = {name: {"kind": head.kind, **head.describe()} for name, head in heads.items()}
         return found
 
+    def _own_layers(self) -> tuple[LayerOverride, ...]:
+        """The overrides that the family's own config keys say."""
+        family = families.find(self.family)
+        return family.read_config(family.write_config(self.config, self.origin.config)).layers
+
     def spare(self, use: families.Use) -> dict[str, Tensor]:
         """Unused tensors of the source that are this kind of head's, by our names within a head."""
         family = families.find(self.family)
@@ -283,10 +294,10 @@ class Model(nn.Module):
         found = {family.canonical(name): tensor for name, tensor in self.extras.items()}
         return {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
 
-    def _start(self, head: Head, use: families.Use, part: str) -> None:
+    def _start(self, head: Head, use: families.Use, parts: tuple[str, ...] = ("",)) -> None:
         shared = self.trunk.embeddings.token.weight
         own = {name: parameter for name, parameter in head.named_parameters() if parameter is not shared}
         with torch.no_grad():
             for name, tensor in self.spare(use).items():
-                if name.startswith(part) and name in own and own[name].shape == tensor.shape:
+                if name.startswith(parts) and name in own and own[name].shape == tensor.shape:
                     own[name].copy_(tensor)

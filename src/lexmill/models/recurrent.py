@@ -73,6 +73,14 @@ class RecurrentConfig:
     def causal(self) -> bool:
         return not self.bidirectional
 
+    @property
+    def num_stored_layers(self) -> int:
+        return self.num_layers
+
+    @property
+    def group_size(self) -> int:
+        return 1
+
 
 class RecurrentEmbeddings(TokenEmbeddings):
     """Token embeddings alone: the order of the tokens is the recurrence's own."""
@@ -207,8 +215,8 @@ class Recurrent(Trunk):
                 if self.config.cell == "lstm" and "bias_ih" in name:
                     parameter[size : 2 * size] += 1.0
 
-    def matrices(self, layer: nn.Module) -> list[Tensor]:
-        return [parameter for parameter in layer.parameters() if parameter.dim() == 2]
+    def matrices(self, part: nn.Module) -> list[Tensor]:
+        return [parameter for name, parameter in part.named_parameters() if name.startswith("weight_")]
 
 
 def _spread(rows: Float[Tensor, "tok dim"], layout: Dense) -> Float[Tensor, "seq len dim"]:

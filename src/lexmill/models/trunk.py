@@ -20,7 +20,11 @@ Only = Literal["all", "first", "last"]
 
 @runtime_checkable
 class Structure(Protocol):
-    """What the config of every trunk says; `hidden_size` is the width of the states that heads are given."""
+    """What the config of every trunk says.
+
+    `hidden_size` is the width of the states that heads are given. A token goes through `num_layers`, of which
+    `num_stored_layers` have weights of their own, in groups of `group_size`.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -28,6 +32,10 @@ class Structure(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
+    @property
+    def num_stored_layers(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
     @property
     def max_positions(self) -> int: ...
     @property
@@ -56,6 +64,7 @@ class Trunk(nn.Module, ABC):
     config: Structure
     embeddings: TokenEmbeddings
     layers: nn.ModuleList
+    """The layers in the order they run; `SharedLayers` where several of them are the same module."""
     layer_rows: int = 0
     """Rows computed so far, padding included, summed over the layers that they went through."""
     known_rows: int = 0
@@ -83,7 +92,7 @@ class Trunk(nn.Module, ABC):
         cache: Cache | None = None,
         only: Only = "all",
         collect: list[dict[str, Tensor]] | None = None,
-        inputs_embeds: Float[Tensor, "*rows dim"] | None = None,
+        inputs_embeds: Float[Tensor, "*rows table_dim"] | None = None,
         until: int | None = None,
     ) -> Float[Tensor, "*some_rows dim"]:
         """Hidden states of all tokens, `[*rows, dim]`, or of one token a sequence, `[seq, dim]`.
@@ -120,17 +129,18 @@ class Trunk(nn.Module, ABC):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All layers, lowest first."""
+        """All layers, in the order they run."""
         return list(self.layers)
 
-    def matrices(self, layer: nn.Module) -> list[Tensor]:
-        """The weights of a layer, `[out, in]`, that each of its tokens is multiplied by."""
-        linear = (part for part in layer.modules() if isinstance(part, nn.Linear))
-        return [part.matrix if isinstance(part, Linear) else part.weight for part in linear]
+    def matrices(self, part: nn.Module) -> list[Tensor]:
+        """The weights of the embeddings or a layer, `[out, in]`, that each token is multiplied by."""
+        linear = (module for module in part.modules() if isinstance(module, nn.Linear))
+        return [module.matrix if isinstance(module, Linear) else module.weight for module in linear]
 
     def matmul_shapes(self) -> list[tuple[int, int]]:
-        """(in, out) of every matrix that each token is multiplied by."""
-        return [(weight.shape[1], weight.shape[0]) for layer in self.blocks for weight in self.matrices(layer)]
+        """(in, out) of every matrix that each token is multiplied by, as often as it is."""
+        parts = (self.embeddings, *self.blocks)
+        return [(weight.shape[1], weight.shape[0]) for part in parts for weight in self.matrices(part)]
 
 
 def known_states(

@@ -13,13 +13,13 @@ NormKind = Literal["layer", "rms"]
 
 
 class LayerNorm(nn.Module):
-    """Ba et al. 2016: zero mean and unit variance, then a learned scale and shift."""
+    """Ba et al. 2016: zero mean and unit variance, then a learned scale and, with `bias`, a shift."""
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, *, bias: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
@@ -43,6 +43,6 @@ class RMSNorm(nn.Module):
         return self.weight * scaled.to(x.dtype)
 
 
-def norm(kind: NormKind, dim: int, eps: float) -> LayerNorm | RMSNorm:
-    """A normalisation by its kind."""
-    return LayerNorm(dim, eps) if kind == "layer" else RMSNorm(dim, eps)
+def norm(kind: NormKind, dim: int, eps: float, *, bias: bool = True) -> LayerNorm | RMSNorm:
+    """A normalisation by its kind; `bias` is of layer norms alone."""
+    return LayerNorm(dim, eps, bias=bias) if kind == "layer" else RMSNorm(dim, eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,10 +13,19 @@ from torch import Tensor
 
 
 class Rope(NamedTuple):
-    """The rotation of each row, for all layers of one forward pass."""
+    """The rotation of each row, for all layers of one forward pass.
+
+    `dim` may be less than that of a head: the first dimensions of each head are turned. `interleaved` says how they
+    pair: `2i` with `2i + 1`, or else `i` with `i + dim / 2`.
+    """
 
     cos: Float[Tensor, "*rows dim"]
     sin: Float[Tensor, "*rows dim"]
+    interleaved: bool = False
+
+    def of(self, rows: Callable[[Tensor], Tensor]) -> Rope:
+        """The rotations of the rows that `rows` chooses."""
+        return Rope(rows(self.cos), rows(self.sin), self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,18 @@ class Rotary:
     """Tables of cosines and sines, built when first needed, per device and precision, and grown by doubling.
 
     Args:
-        dim: the dimension of one attention head; must be even.
+        dim: how many dimensions of an attention head are turned; must be even.
         theta: the base of the frequencies.
+        interleaved: see `Rope`.
     """
 
-    def __init__(self, dim: int, theta: float = 10_000.0, scaling: RopeScaling | None = None) -> None:
+    def __init__(
+        self, dim: int, theta: float = 10_000.0, scaling: RopeScaling | None = None, *, interleaved: bool = False
+    ) -> None:
         self.dim = dim
         self.theta = theta
         self.scaling = scaling
+        self.interleaved = interleaved
         self._tables: dict[tuple[torch.device, torch.dtype], Rope] = {}
 
     def __call__(self, positions: Int[Tensor, "*rows"], length: int, dtype: torch.dtype) -> Rope:
@@ -70,7 +84,7 @@ class Rotary:
         table = self._tables.get(key)
         if table is None or len(table.cos) < length:
             table = self._tables[key] = self._table(1 << max(length - 1, 63).bit_length(), *key)
-        return Rope(table.cos[positions], table.sin[positions])
+        return table.of(lambda rows: rows[positions])
 
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Rope:
         # Not inference tensors, even when first asked for under inference mode: a later backward pass may use them.
@@ -78,11 +92,18 @@ class Rotary:
             angles = torch.outer(
                 torch.arange(length, dtype=torch.float32), frequencies(self.dim, self.theta, self.scaling)
             )
-            angles = torch.cat([angles, angles], -1)
-            return Rope(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+            angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat([angles, angles], -1)
+            return Rope(angles.cos().to(device, dtype), angles.sin().to(device, dtype), self.interleaved)
 
 
 def rotate(x: Float[Tensor, "*rows head dim"], rope: Rope) -> Float[Tensor, "*rows head dim"]:
-    """Turn each head's vector by its row's rotation; dimension `i` pairs with `i + dim / 2`."""
-    low, high = x.chunk(2, -1)
-    return x * rope.cos.unsqueeze(-2) + torch.cat([-high, low], -1) * rope.sin.unsqueeze(-2)
+    """Turn the first dimensions of each head's vector, as many as `rope` has, by its row's rotation."""
+    dim = rope.cos.shape[-1]
+    turned, still = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
+    if rope.interleaved:
+        across = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+    else:
+        low, high = turned.chunk(2, -1)
+        across = torch.cat([-high, low], -1)
+    turned = turned * rope.cos.unsqueeze(-2) + across * rope.sin.unsqueeze(-2)
+    return turned if still is None else torch.cat([turned, still], -1)

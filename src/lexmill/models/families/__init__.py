@@ -10,14 +10,18 @@ from typing import Any
 
 from lexmill.errors import UserError
 from lexmill.models.families import (
+    albert,
     bert,
     distilbert,
     ernie,
+    glm,
+    glm4,
     gpt2,
     gru,
     llama,
     lstm,
     mistral,
+    modernbert,
     mt5,
     qwen2,
     qwen3,
@@ -27,25 +31,11 @@ from lexmill.models.families import (
 )
 from lexmill.models.families.table import Family, Stored, Use
 
-_FAMILIES = tuple(
-    module.FAMILY
-    for module in (
-        bert,
-        roberta,
-        xlm_roberta,
-        distilbert,
-        ernie,
-        gpt2,
-        llama,
-        mistral,
-        qwen2,
-        qwen3,
-        t5,
-        mt5,
-        lstm,
-        gru,
-    )
-)
+_ENCODERS = (bert, roberta, xlm_roberta, distilbert, ernie, albert, modernbert)
+_DECODERS = (gpt2, llama, mistral, qwen2, qwen3, glm, glm4)
+_BOTH = (t5, mt5)
+_RECURRENT = (lstm, gru)
+_FAMILIES = tuple(module.FAMILY for module in (*_ENCODERS, *_DECODERS, *_BOTH, *_RECURRENT))
 
 __all__ = ["Family", "Stored", "Use", "find", "known", "recognise"]
 

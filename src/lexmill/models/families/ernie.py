@@ -23,6 +23,6 @@ FAMILY = bert.FAMILY.variant(
     name="ernie",
     architectures={"base": "ErnieModel", "classifier": "ErnieForSequenceClassification", "lm": "ErnieForMaskedLM"},
     prefix="ernie.",
-    settings=(Setting("task_type_vocab_size", _read, _write),),
-    weights=(*bert.FAMILY.weights, ("embeddings.task_type.weight", "embeddings.task_type_embeddings.weight")),
+    settings=(Setting("task_type_vocab_size", _read, _write, ("use_task_id", "task_type_vocab_size")),),
+    weights=(("embeddings.task_type.weight", "embeddings.task_type_embeddings.weight"),),
 )

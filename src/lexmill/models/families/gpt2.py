@@ -63,7 +63,7 @@ FAMILY = Family(
             "gelu_new",
         ),
         key("tied_output", "tie_word_embeddings", bool, True),
-        Setting("dropout", _read_dropout, _write_dropout),
+        Setting("dropout", _read_dropout, _write_dropout, ("resid_pdrop", "embd_pdrop")),
         key("attention_dropout", "attn_pdrop", float, 0.1),
         key("initializer_range", "initializer_range", float, 0.02),
     ),
@@ -85,16 +85,12 @@ FAMILY = Family(
             for part in ("weight", "bias")
         ),
         *(
-            (f"layers.{{i}}.attention.{ours}.{part}", Stored(f"h.{{i}}.attn.c_attn.{part}", index, 3, transposed=True))
-            for index, ours in enumerate(("query", "key", "value"))
-            for part in ("weight", "bias")
-        ),
-        *(
-            (f"layers.{{i}}.{ours}.{part}", Stored(f"h.{{i}}.{theirs}.{part}", transposed=True))
+            Stored(f"h.{{i}}.{theirs}.{part}", tuple(f"layers.{{i}}.{name}.{part}" for name in ours), transposed=True)
             for ours, theirs in (
-                ("attention.output", "attn.c_proj"),
-                ("mlp.up", "mlp.c_fc"),
-                ("mlp.down", "mlp.c_proj"),
+                (("attention.query", "attention.key", "attention.value"), "attn.c_attn"),
+                (("attention.output",), "attn.c_proj"),
+                (("mlp.up",), "mlp.c_fc"),
+                (("mlp.down",), "mlp.c_proj"),
             )
             for part in ("weight", "bias")
         ),

@@ -33,6 +33,6 @@ FAMILY = llama.FAMILY.variant(
         key("num_kv_heads", "num_key_value_heads", int, 8),
         key("intermediate_size", "intermediate_size", int, 14336),
         key("max_positions", "max_position_embeddings", int, 131072),
-        Setting("window", _read_window, _write_window),
+        Setting("window", _read_window, _write_window, ("sliding_window",)),
     ),
 )

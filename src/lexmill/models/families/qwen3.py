@@ -18,7 +18,6 @@ FAMILY = llama.FAMILY.variant(
     ),
     requires={**llama.FAMILY.requires, "use_sliding_window": (False, None)},
     weights=(
-        *llama.FAMILY.weights,
         ("layers.{i}.attention.query_norm.weight", "layers.{i}.self_attn.q_norm.weight"),
         ("layers.{i}.attention.key_norm.weight", "layers.{i}.self_attn.k_norm.weight"),
     ),

@@ -5,7 +5,7 @@ Version 1.1 has gated feed-forward layers and an output matrix of its own (Shaze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lexmill.errors import UserError
@@ -44,8 +44,10 @@ def feed_forward(default: str) -> tuple[Setting, Setting]:
         hf[_FEED_FORWARD] = named[0]
 
     return (
-        Setting("gated", lambda hf: kind(hf)[1], lambda hf, value: write(hf, (kind(hf)[0], value))),
-        Setting("activation", lambda hf: kind(hf)[0], lambda hf, value: write(hf, (value, kind(hf)[1]))),
+        Setting("gated", lambda hf: kind(hf)[1], lambda hf, value: write(hf, (kind(hf)[0], value)), (_FEED_FORWARD,)),
+        Setting(
+            "activation", lambda hf: kind(hf)[0], lambda hf, value: write(hf, (value, kind(hf)[1])), (_FEED_FORWARD,)
+        ),
     )
 
 
@@ -63,8 +65,8 @@ def _start_token(hf: Mapping[str, Any]) -> int:
     return (hf.get("pad_token_id") or 0) if start is None else start
 
 
-def _write(theirs: str, hf: Json, value: Any) -> None:
-    hf[theirs] = value
+def _setting(ours: str, read: Callable[[Mapping[str, Any]], Any], theirs: str) -> Setting:
+    return Setting(ours, read, lambda hf, value: hf.update({theirs: value}), (theirs,))
 
 
 FAMILY = Family(
@@ -100,9 +102,14 @@ FAMILY = Family(
         key("relative_buckets", "relative_attention_num_buckets", int, 32),
         key("relative_max_distance", "relative_attention_max_distance", int, 128),
         *feed_forward("relu"),
-        Setting("tied_output", _tied, lambda hf, value: _write("tie_word_embeddings", hf, value)),
-        Setting("output_scale", _output_scale, lambda hf, value: _write("scale_decoder_outputs", hf, value != 1)),
-        Setting("start_token", _start_token, lambda hf, value: _write("decoder_start_token_id", hf, value)),
+        _setting("tied_output", _tied, "tie_word_embeddings"),
+        Setting(
+            "output_scale",
+            _output_scale,
+            lambda hf, value: hf.update(scale_decoder_outputs=value != 1),
+            ("scale_decoder_outputs", "tie_word_embeddings"),
+        ),
+        _setting("start_token", _start_token, "decoder_start_token_id"),
         key("dropout", "dropout_rate", float, 0.1),
         key("attention_dropout", "dropout_rate", float, 0.1),
         key("initializer_range", "initializer_factor", float, 1.0),
@@ -115,7 +122,7 @@ FAMILY = Family(
         ("relative.table.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         ("decoder.relative.table.weight", "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         *(
-            (f"{layer}.{ours}.weight", Stored(f"{block}.layer.{theirs}.weight", only=only))
+            Stored(f"{block}.layer.{theirs}.weight", (f"{layer}.{ours}.weight",), only=only)
             for layer, block, last in (
                 ("layers.{i}", "encoder.block.{i}", 1),
                 ("decoder.layers.{j}", "decoder.block.{j}", 2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -27,12 +27,13 @@ class Setting:
     """One field of `ModelConfig` and where a Hugging Face config keeps it.
 
     `read` takes the whole config, since some defaults depend on other keys, and raises `UserError` with the key as its
-    place; `write` changes the config.
+    place; `write` changes the config. `keys` are those that either looks at.
     """
 
     ours: str
     read: Callable[[Mapping[str, Any]], Any]
     write: Callable[[Json, Any], None]
+    keys: tuple[str, ...]
 
 
 def key(ours: str, theirs: str, kind: type, default: int | float | Derived) -> Setting:
@@ -51,7 +52,7 @@ def key(ours: str, theirs: str, kind: type, default: int | float | Derived) -> S
     def write(hf: Json, value: Any) -> None:
         hf[theirs] = value
 
-    return Setting(ours, read, write)
+    return Setting(ours, read, write, (theirs,))
 
 
 def shifted(ours: str, theirs: str, default: int, by: Derived) -> Setting:
@@ -68,7 +69,7 @@ def shifted(ours: str, theirs: str, default: int, by: Derived) -> Setting:
     def write(hf: Json, value: Any) -> None:
         hf[theirs] = value + by(hf)
 
-    return Setting(ours, read, write)
+    return Setting(ours, read, write, (theirs,))
 
 
 def choice(ours: str, theirs: str, names: Mapping[str, str], default: str) -> Setting:
@@ -83,7 +84,7 @@ def choice(ours: str, theirs: str, names: Mapping[str, str], default: str) -> Se
     def write(hf: Json, value: Any) -> None:
         hf[theirs] = next(name for name, meaning in names.items() if meaning == value)
 
-    return Setting(ours, read, write)
+    return Setting(ours, read, write, (theirs,))
 
 
 def head_size(hidden_size: int, num_heads: int) -> Derived:
@@ -98,11 +99,16 @@ def fixed_ratio(ours: str, theirs: str, value: Derived) -> Setting:
         if value(hf) != wanted:
             raise UserError(f"a config of this family cannot say {ours} = {wanted!r}", where=theirs)
 
-    return Setting(ours, value, write)
+    return Setting(ours, value, write, (theirs,))
 
 
-def rope_settings() -> tuple[Setting, Setting]:
-    """Rotary base and scaling: `rope_theta` and `rope_scaling`, or both in `rope_parameters` (transformers 5)."""
+def rope_settings(head_dim: Derived | None = None, part: float = 1.0) -> tuple[Setting, ...]:
+    """Rotary base and scaling: `rope_theta` and `rope_scaling`, or both in `rope_parameters` (transformers 5).
+
+    Args:
+        head_dim: of a family that may rotate a part of each head: how many dimensions a head has.
+        part: the share of them that such a family rotates where its config does not say.
+    """
 
     def read_theta(hf: Mapping[str, Any]) -> float:
         return float(_rope(hf).get("rope_theta", hf.get("rope_theta", 10_000.0)))
@@ -113,10 +119,14 @@ def rope_settings() -> tuple[Setting, Setting]:
         hf.pop("rope_scaling", None)
 
     def read_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
-        return _read_scaling(_rope(hf), "rope_parameters" if hf.get("rope_parameters") else "rope_scaling")
+        where = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+        if head_dim is None and _rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise UserError("rotary positions on part of a head cannot be represented", where=where)
+        return _read_scaling(_rope(hf), where)
 
     def write_scaling(hf: Json, value: Any) -> None:
-        rope: Json = {"rope_type": "default", "rope_theta": read_theta(hf)}
+        kept = {name: value for name, value in _rope(hf).items() if name == "partial_rotary_factor"}
+        rope: Json = {"rope_type": "default", "rope_theta": read_theta(hf), **kept}
         if isinstance(value, RopeScaling):
             rope |= {"rope_type": value.kind, "factor": value.factor}
             if value.kind == "llama3":
@@ -124,7 +134,21 @@ def rope_settings() -> tuple[Setting, Setting]:
         hf["rope_parameters"] = rope
         hf.pop("rope_scaling", None)
 
-    return Setting("rope_theta", read_theta, write_theta), Setting("rope_scaling", read_scaling, write_scaling)
+    def read_dim(hf: Mapping[str, Any]) -> int:
+        assert head_dim is not None
+        return int(head_dim(hf) * _rope(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", part)))
+
+    def write_dim(hf: Json, value: Any) -> None:
+        assert head_dim is not None
+        hf["rope_parameters"] = {**_rope(hf), "partial_rotary_factor": value / head_dim(hf)}
+        hf.pop("partial_rotary_factor", None)
+
+    keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+    whole = (
+        Setting("rope_theta", read_theta, write_theta, keys),
+        Setting("rope_scaling", read_scaling, write_scaling, keys),
+    )
+    return whole if head_dim is None else (*whole, Setting("rope_dim", read_dim, write_dim, keys))
 
 
 _LLAMA3 = {
@@ -140,8 +164,6 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("rotary positions on part of a head cannot be represented", where=where)
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
@@ -157,42 +179,50 @@ def _read_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a file keeps one of our tensors, where that is not simply under another name.
+    """A tensor of a file and which of ours it holds.
 
     Args:
-        name: of the tensor in the file; `{i}` stands for the layer.
-        part, parts: ours is this one of so many equal parts along the first axis, after transposing.
+        name: in the file.
+        ours: one of our tensors, or several, of any sizes, one after another along the first axis.
         transposed: the file has the matrix as `[in, out]`.
         only: fields of the config that must have these values for the entry to count.
     """
 
     name: str
-    part: int = 0
-    parts: int = 1
+    ours: tuple[str, ...]
     transposed: bool = False
     only: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    @property
-    def plain(self) -> bool:
-        return self.parts == 1 and not self.transposed
+    def of_layer(self, index: int, group_size: int) -> Stored:
+        """With one layer's number in place of `{i}` or `{j}`, its group and place there of `{group}` and `{inner}`."""
+        at = {"i": index, "j": index, "group": index // group_size, "inner": index % group_size}
+        return replace(self, name=self.name.format(**at), ours=tuple(ours.format(**at) for ours in self.ours))
 
-    def shape(self, ours: Sequence[int]) -> list[int]:
-        """The shape in the file, given ours."""
-        whole = [ours[0] * self.parts, *ours[1:]]
+    def shape(self, parts: Sequence[Sequence[int]]) -> list[int]:
+        """The shape in the file, given those of ours."""
+        whole = [sum(part[0] for part in parts), *parts[0][1:]]
         return whole[::-1] if self._turned(len(whole)) else whole
 
-    def take(self, stored: Tensor) -> Tensor:
-        """Our tensor out of the one in the file."""
-        whole = stored.t() if self._turned(stored.dim()) else stored
-        return whole.chunk(self.parts)[self.part].contiguous()
+    def split(self, stored: Tensor, parts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Ours, of these shapes, out of the one in the file; none shares memory with another."""
+        whole = stored.t().contiguous() if self._turned(stored.dim()) else stored
+        return [whole] if len(parts) == 1 else [part.clone() for part in whole.split([part[0] for part in parts])]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor in the file out of ours, in order of `part`."""
+        """The tensor in the file out of ours."""
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return whole.t() if self._turned(whole.dim()) else whole
 
     def _turned(self, dim: int) -> bool:
         return self.transposed and dim == 2
+
+
+Weight = tuple[str, str] | Stored
+"""Our tensor and theirs, or how theirs holds ours."""
+
+
+def _stored(weight: Weight) -> Stored:
+    return weight if isinstance(weight, Stored) else Stored(weight[1], (weight[0],))
 
 
 @dataclass(frozen=True)
@@ -206,13 +236,14 @@ class Family:
         fixed: fields of the trunk's config that are the same for all its members.
         settings: the other fields.
         requires: keys that must have one of these values, or be absent.
-        weights: our tensor names (below `trunk.`) and theirs, or how theirs holds ours; `{i}` stands for the layer,
-            `{j}` for that of a decoder.
+        weights: our tensor names (below `trunk.`) and theirs; `{i}` stands for the layer, `{j}` for that of a decoder
+            (see `Stored.of_layer`). A `Stored` where theirs is not simply ours under another name.
         namespaces: what names of trunk tensors start with, to tell a strange trunk tensor from an unused head.
         spare: patterns of tensors in these namespaces that the trunk does not use.
         aliases: other endings of names that old files have, and what they mean.
         classifier: the classification head that its Hugging Face class has; `num_labels` is a placeholder.
         language: the language head that its Hugging Face class has, for a config of its trunk.
+        classifier_settings, language_settings: what of these heads stands in the config.
         heads: our names of head tensors by use, and theirs; `{prefix}` stands for the prefix.
         copies: names in old files that repeat a tensor, and that tensor's own; without prefix.
         trunk: what its models are made of; `fixed` and `settings` are fields of this one's config.
@@ -223,10 +254,12 @@ class Family:
     prefix: str
     fixed: Mapping[str, Any]
     settings: tuple[Setting, ...]
-    weights: tuple[tuple[str, str | Stored], ...]
+    weights: tuple[Weight, ...]
     namespaces: tuple[str, ...]
     classifier: ClassifierShape
     heads: Mapping[Use, Mapping[str, str]]
+    classifier_settings: tuple[Setting, ...] = ()
+    language_settings: tuple[Setting, ...] = ()
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     spare: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -235,33 +268,46 @@ class Family:
     trunk: type[Trunk] = Transformer
 
     def variant(
-        self, *, fixed: Mapping[str, Any] | None = None, settings: tuple[Setting, ...] = (), **changes: Any
+        self,
+        *,
+        fixed: Mapping[str, Any] | None = None,
+        settings: tuple[Setting, ...] = (),
+        weights: tuple[Weight, ...] = (),
+        **changes: Any,
     ) -> Family:
-        """A family like this one: a field that is given, fixed or not, stands in place of the one of that name."""
+        """A family like this one: a field that is given, fixed or not, stands in place of the one of that name, and so
+        does the place of one of our tensors."""
         fixed = fixed or {}
         own = {*fixed, *(setting.ours for setting in settings)}
+        placed = {ours for entry in weights for ours in _stored(entry).ours}
         return replace(
             self,
             fixed={**{name: value for name, value in self.fixed.items() if name not in own}, **fixed},
             settings=(*(setting for setting in self.settings if setting.ours not in own), *settings),
+            weights=(*(entry for entry in self.weights if not placed.intersection(_stored(entry).ours)), *weights),
             **changes,
         )
 
-    def read_config(self, hf: Mapping[str, Any], layers: tuple[LayerOverride, ...] = ()) -> Structure:
-        """Our config from theirs, with per-layer overrides, which they have no key for. A setting that we cannot
-        represent is a `UserError` that names its key."""
+    def read_config(self, hf: Mapping[str, Any], layers: tuple[LayerOverride, ...] | None = None) -> Structure:
+        """Our config from theirs, with `layers` in place of the per-layer overrides that their keys say, if any. A
+        setting that we cannot represent is a `UserError` that names its key."""
         for name, allowed in self.requires.items():
             if name in hf and hf[name] not in allowed:
                 right = " or ".join(repr(value) for value in allowed)
                 raise UserError(f"{hf[name]!r} cannot be represented", where=name, hint=f"can be: {right}")
         read = {setting.ours: setting.read(hf) for setting in self.settings}
-        return self.trunk.Config(**self.fixed, **read, layers=layers)
+        return self.trunk.Config(**self.fixed, **read | ({} if layers is None else {"layers": layers}))
 
     def write_config(self, config: Structure, source: Mapping[str, Any]) -> Json:
-        """Their config from ours: `source` with only those keys changed that no longer mean the same."""
-        for name, value in self.fixed.items():
-            if getattr(config, name) != value:
-                raise UserError(f"models of the family '{self.name}' have {value!r}", where=name)
+        """Their config from ours: `source` with only those keys changed that no longer mean the same.
+
+        A `UserError` where their config has no way to say what ours says, `layers` aside.
+        """
+        said = {"layers", *(setting.ours for setting in self.settings)}
+        for known in fields(self.trunk.Config):
+            value = self.fixed.get(known.name, known.default)
+            if known.name not in said and getattr(config, known.name) != value:
+                raise UserError(f"models of the family '{self.name}' have {value!r}", where=known.name)
         hf: Json = {**source, "model_type": self.name}
         for setting in self.settings:
             value = getattr(config, setting.ours)
@@ -269,18 +315,33 @@ class Family:
                 setting.write(hf, value)
         return hf
 
-    def stored(self, config: Structure) -> dict[str, Stored]:
-        """Our trunk tensor names and where files keep them, without prefix."""
-        found: dict[str, Stored] = {}
-        counts = {"{i}": config.num_layers, "{j}": int(getattr(config, "decoder_layers", 0))}
-        for ours, theirs in self.weights:
-            place = theirs if isinstance(theirs, Stored) else Stored(theirs)
-            if any(getattr(config, name) != value for name, value in place.only.items()):
-                continue
-            sign = next((sign for sign in counts if sign in ours), None)
-            for i in range(counts[sign]) if sign else (0,):
-                at = sign or "{i}"
-                found[ours.replace(at, str(i))] = replace(place, name=place.name.replace(at, str(i)))
+    def classifier_shape(self, config: Structure, source: Mapping[str, Any]) -> ClassifierShape:
+        """The classification head of a model with this config, read from `source`; `num_labels` is a placeholder."""
+        return replace(self.classifier, **self._head_settings(self.classifier_settings, config, source))
+
+    def language_shape(self, config: Structure, source: Mapping[str, Any]) -> LanguageShape:
+        """The language head of a model with this config, read from `source`."""
+        return replace(self.language(config), **self._head_settings(self.language_settings, config, source))
+
+    def _head_settings(self, settings: tuple[Setting, ...], config: Structure, source: Mapping[str, Any]) -> Json:
+        hf = self.write_config(config, source) if settings else {}
+        return {setting.ours: setting.read(hf) for setting in settings}
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Every key of a config that this family looks at."""
+        settings = (*self.settings, *self.classifier_settings, *self.language_settings)
+        return frozenset(self.requires) | {name for setting in settings for name in setting.keys}
+
+    def stored(self, config: Structure) -> list[Stored]:
+        """Every tensor of a trunk's files, without prefix, that a model with this config may have."""
+        found: list[Stored] = []
+        counts = {"{i}": config.num_stored_layers, "{j}": int(getattr(config, "decoder_layers", 0))}
+        for entry in self.weights:
+            place = _stored(entry)
+            if all(getattr(config, name) == value for name, value in place.only.items()):
+                layers = next((count for sign, count in counts.items() if sign in place.ours[0]), 1)
+                found += [place.of_layer(i, config.group_size) for i in range(layers)]
         return found
 
     def canonical(self, name: str) -> str:

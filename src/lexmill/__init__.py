@@ -12,7 +12,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lexmill.api import OpenArtifact, check, combine, evaluate, fit, import_gguf, load, search, serve, verify
+    from lexmill.api import (
+        OpenArtifact,
+        augment,
+        check,
+        combine,
+        evaluate,
+        fit,
+        import_gguf,
+        label,
+        load,
+        search,
+        serve,
+        verify,
+    )
     from lexmill.errors import Failure, MissingExtra, UserError
 
 __all__ = [
@@ -20,11 +33,13 @@ __all__ = [
     "MissingExtra",
     "OpenArtifact",
     "UserError",
+    "augment",
     "check",
     "combine",
     "evaluate",
     "fit",
     "import_gguf",
+    "label",
     "load",
     "search",
     "serve",

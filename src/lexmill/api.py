@@ -6,6 +6,7 @@ Every function imports its room in its own body, so that looking at data costs n
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,28 @@ if TYPE_CHECKING:
     from lexmill.artifact import Artifact
     from lexmill.artifact.gguf import Imported
     from lexmill.data import Source
+    from lexmill.data.augment import Edit
     from lexmill.data.check import DataReport
-    from lexmill.engine import TorchEngine
+    from lexmill.engine import Ensemble, TorchEngine
     from lexmill.evaluate import Evaluation
     from lexmill.fit import FitResult, Watch
     from lexmill.learn import SearchResult, Space
     from lexmill.verify import Verification
 
-__all__ = ["OpenArtifact", "check", "combine", "evaluate", "fit", "import_gguf", "load", "search", "serve", "verify"]
+__all__ = [
+    "OpenArtifact",
+    "augment",
+    "check",
+    "combine",
+    "evaluate",
+    "fit",
+    "import_gguf",
+    "label",
+    "load",
+    "search",
+    "serve",
+    "verify",
+]
 
 
 def fit(
@@ -181,7 +196,7 @@ class OpenArtifact:
     """An artefact in memory, ready to answer; `load` makes it."""
 
     artifact: Artifact
-    engine: TorchEngine
+    engine: TorchEngine | Ensemble
 
     def predict(self, texts: Sequence[Any], *, adapter: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """One answer a text, as `POST /v1/{task}` gives it.
@@ -257,6 +272,94 @@ def _noting_lines(source: Source, lines: array[int]) -> Iterator[dict[str, Any]]
         yield row.values
 
 
+def augment(
+    data: Path | str,
+    *,
+    out: Path | str,
+    edits: Sequence[Edit] = ("swap", "delete", "keyboard"),
+    copies: int = 1,
+    share: float = 0.1,
+    synonyms: Path | str | None = None,
+    there: Path | str | None = None,
+    back: Path | str | None = None,
+    text: str | None = None,
+    seed: int = 0,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+) -> dict[str, int]:
+    """Write the rows of a file and changed copies of them, whose column `augmented` says how they came about.
+
+    Args:
+        out: JSON lines; must not exist.
+        edits: `swap` neighbouring words, `delete` words, hit a neighbouring key (`keyboard`), or `synonym`.
+        copies: a row; fewer where no edit changes its text.
+        share: of a text's words (Chinese and Japanese: characters) that an edit changes.
+        synonyms: a file of groups of words, one group a line, parted by commas.
+        there, back: two artefacts that translate; texts go through both in place of being edited.
+        text: the text column; guessed otherwise.
+
+    Returns:
+        How many rows were written, by how they came about; `original` for those of the file.
+    """
+    from lexmill.data import find_columns, open_source
+    from lexmill.data.augment import MARK, Editor, augment, read_synonyms, rewrite
+    from lexmill.data.write import refuse_existing, write_rows
+
+    refuse_existing(Path(out))
+    source = open_source(data, encoding=encoding, skip_bad=skip_bad)
+    column = find_columns(source, {"text": text})["text"]
+    rows = (row.values for row in source)
+    if (there is None) != (back is None):
+        raise UserError("back-translation needs two artefacts", where="augment", hint="give --there and --back")
+    if there is not None and back is not None:
+        steps = (load(there), load(back))
+        made = rewrite(rows, column, lambda texts: _translated(steps, texts), "back-translation")
+    else:
+        words = read_synonyms(Path(synonyms)) if synonyms is not None else None
+        made = augment(rows, column, Editor(tuple(edits), share, seed, words), copies)
+    counts: Counter[str] = Counter()
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in made:
+            counts[row[MARK] or "original"] += 1
+            yield row
+
+    write_rows(counted(), Path(out))
+    return dict(counts)
+
+
+def _translated(steps: Sequence[OpenArtifact], texts: list[str]) -> list[str]:
+    for step in steps:
+        texts = [str(answer["text"]) for answer in step.predict(texts)]
+    return texts
+
+
+def label(
+    artifact: Path | str,
+    data: Path | str,
+    *,
+    out: Path | str,
+    min_score: float = 0.9,
+    others: Sequence[Path | str] = (),
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Label the rows of which a model is sure enough, to train on them (Lee 2013, pseudo-labels).
+
+    Args:
+        out: JSON lines under the columns that the model was trained with, and `score`; must not exist.
+        min_score: rows with a smaller probability are left out.
+        others: more artefacts of an ensemble.
+
+    Returns:
+        `rows` read, `labelled` rows written, and how many of each label under `labels`.
+    """
+    from lexmill.learn.pseudo import label
+
+    model = load(artifact, others=others)
+    return label(model.engine, Path(data), Path(out), min_score, encoding=encoding, skip_bad=skip_bad)
+
+
 def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], None] | None = None) -> Imported:
     """Make a Hugging Face directory of a GGUF file; `fit` takes it as its model.
 
@@ -272,13 +375,18 @@ def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], 
     return import_gguf(file, out, progress=progress)
 
 
-def load(path: Path | str) -> OpenArtifact:
-    """Open an artefact, its hashes checked, and load its model. Raises `UserError` where it is damaged."""
+def load(path: Path | str, *, others: Sequence[Path | str] = ()) -> OpenArtifact:
+    """Open an artefact, its hashes checked, and load its model; with `others` an ensemble, whose answers are one.
+
+    Raises:
+        UserError: where an artefact is damaged, or the others were not trained for the same answers.
+    """
     from lexmill.artifact import Artifact
-    from lexmill.engine import open_engine
+    from lexmill.engine import Ensemble, open_engine
 
     artifact = Artifact.open(Path(path))
-    return OpenArtifact(artifact, open_engine(artifact))
+    engine = open_engine(artifact)
+    return OpenArtifact(artifact, Ensemble([engine, *map(open_engine, map(Path, others))]) if others else engine)
 
 
 def evaluate(
@@ -286,6 +394,7 @@ def evaluate(
     data: Path | str,
     *,
     adapter: str | None = None,
+    others: Sequence[Path | str] = (),
     encoding: str = "utf-8",
     skip_bad: bool = False,
     report: Path | str | None = None,
@@ -295,13 +404,14 @@ def evaluate(
 
     Args:
         adapter: which answers, where the artefact has several.
+        others: more artefacts of an ensemble.
         report: write an HTML report here.
         progress: told how many rows are done.
 
     Raises:
         UserError: with `file:line` for a row that cannot be scored, e.g. for a label that training never saw.
     """
-    return load(artifact).evaluate(
+    return load(artifact, others=others).evaluate(
         data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
     )
 

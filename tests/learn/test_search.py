@@ -117,10 +117,9 @@ def test_two_processes_search_together(place: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable, "-c", "from lexmill.cli import main; main()", "search", str(place / "train.jsonl"), "--out", str(out), "--trials", "4",
-        "--model", str(place / "bert"), "--try", "train.learning_rate=1e-5..1e-2:log", "--json",
-    ]  # fmt: skip
+    command = [sys.executable, "-c", "from lexmill.cli import main; main()", "search", str(place / "train.jsonl")]
+    command += ["--out", str(out), "--trials", "4", "--model", str(place / "bert"), "--json"]
+    command += ["--try", "train.learning_rate=1e-5..1e-2:log"]
     command += [part for key, value in COMMON.items() for part in ("--set", f"{key}={value}")]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     deadline = time.monotonic() + 120

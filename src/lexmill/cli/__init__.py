@@ -24,6 +24,8 @@ VERBS = {
     "demo": ("fit", "Do the whole job on bundled data."),
     "search": ("learn", "Find good settings by training with many."),
     "check": ("data", "Look at data before training on it."),
+    "augment": ("data", "Make more rows of those there are."),
+    "label": ("learn", "Label rows with a model, where it is sure."),
     "evaluate": ("run", "Score a model on labelled data, with confidence intervals."),
     "predict": ("run", "Answer rows as a stream, one JSON object a line."),
     "serve": ("run", "Serve artefacts over HTTP."),

@@ -1,4 +1,4 @@
-"""`lexmill check`."""
+"""`lexmill check` and `lexmill augment`."""
 
 from __future__ import annotations
 
@@ -32,3 +32,32 @@ def check(
     output.show(report.to_dict() if json else [*report.columns.lines(), *report.lines()], json=json)
     if not report.ok:
         raise typer.Exit(2)
+
+
+def augment(
+    data: Annotated[Path, typer.Argument(help="Rows: CSV, TSV, JSONL (.gz, .xz), Parquet.")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write; must not exist.")],
+    how: Annotated[str, typer.Option(help="Edits: swap, delete, keyboard, synonym.")] = "swap,delete,keyboard",
+    copies: Annotated[int, typer.Option(help="Changed copies a row.", min=1)] = 1,
+    share: Annotated[float, typer.Option(help="Of the words, that an edit changes.")] = 0.1,
+    synonyms: Annotated[Path | None, typer.Option(help="Groups of words, one a line, parted by commas.")] = None,
+    there: Annotated[Path | None, typer.Option(help="Translate with this artefact in place of editing…")] = None,
+    back: Annotated[Path | None, typer.Option(help="…and back with this one.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text column; guessed otherwise.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed makes other copies.")] = 0,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make more rows of those there are. Texts are changed a little, or translated there and back."""
+    from typing import Any, cast
+
+    from lexmill import api
+
+    edits = cast("Any", [edit.strip() for edit in how.split(",")])
+    counts = api.augment(
+        data, out=out, edits=edits, copies=copies, share=share, synonyms=synonyms, there=there, back=back, text=text,
+        seed=seed, encoding=encoding, skip_bad=skip_bad,
+    )  # fmt: skip
+    lines = [f"{count:,} {name}" for name, count in counts.items()]
+    output.show(counts if json else [*lines, f"wrote {out}"], json=json)

@@ -1,4 +1,4 @@
-"""`lexmill search`."""
+"""`lexmill search` and `lexmill label`."""
 
 from __future__ import annotations
 
@@ -45,3 +45,25 @@ def search(
         watch=output.watch(quiet=quiet or json),
     )  # fmt: skip
     output.show(result.to_dict() if json else result.lines(), json=json)
+
+
+def label(
+    artifact: Annotated[Path, typer.Argument(help="An artefact.")],
+    data: Annotated[Path, typer.Argument(help="Rows without labels.")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write; must not exist.")],
+    min_score: Annotated[float, typer.Option(help="Leave out rows of which the model is less sure.")] = 0.9,
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Label rows with a model, where it is sure. What it writes can be trained on."""
+    from lexmill import api
+
+    found = api.label(
+        artifact, data, out=out, min_score=min_score, others=with_ or (), encoding=encoding, skip_bad=skip_bad
+    )
+    said = f"{found['labelled']:,} of {found['rows']:,} rows labelled, {len(found['labels']):,} labels; wrote {out}"
+    output.show(found if json else [said], json=json)

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from lexmill.artifact.write import is_disk_full
 from lexmill.data import open_source, read_lines
 from lexmill.data.columns import flag
 from lexmill.data.sources import Row
-from lexmill.engine import TorchEngine
-from lexmill.errors import Failure, UserError
+from lexmill.data.write import refuse_existing, write_lines
+from lexmill.engine import Ensemble, TorchEngine
+from lexmill.errors import UserError
 
 _CHUNK = 1024
 _MOST_WAITING = 256
 
 
 def predict(
-    artifact: Path,
+    artifacts: Sequence[Path],
     data: str,
     out: Path | None,
     columns: Mapping[str, str | None],
@@ -33,19 +32,21 @@ def predict(
     encoding: str,
     skip_bad: bool,
 ) -> None:
-    """Answer the rows of a file or of standard input in order. With `out`, the file appears only when it is whole."""
-    if out is not None and out.exists():
-        raise UserError("already exists", where=str(out), hint="give another --out, or remove it")
+    """Answer the rows of a file or of standard input in order, by one model or by several together. With `out`, the
+    file appears only when it is whole."""
+    if out is not None:
+        refuse_existing(out)
     if data == "-":
         name, groups = "stdin", _as_they_come(_standard_input(encoding))
     else:
         name, groups = data, _in_chunks(open_source(data, encoding=encoding, skip_bad=skip_bad))
-    engine = TorchEngine(artifact)
+    engines = [TorchEngine(artifact) for artifact in artifacts]
+    engine = engines[0] if len(engines) == 1 else Ensemble(engines)
     answers = _answers(engine, adapter, groups, columns, lambda line: f"{name}:{line}")
     if out is None:
         _write(answers, sys.stdout)
     else:
-        _write_whole(answers, out)
+        write_lines(answers, out)
 
 
 def _standard_input(encoding: str) -> Iterator[Row]:
@@ -93,7 +94,7 @@ def _as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _answers(
-    engine: TorchEngine,
+    engine: TorchEngine | Ensemble,
     adapter: str | None,
     groups: Iterator[list[Row]],
     columns: Mapping[str, str | None],
@@ -140,22 +141,3 @@ def _write(answers: Iterator[list[str]], file: TextIO) -> None:
     for lines in answers:
         file.writelines(lines)
         file.flush()
-
-
-def _write_whole(answers: Iterator[list[str]], out: Path) -> None:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            _write(answers, file)
-            os.fsync(file.fileno())
-    except FileExistsError as error:
-        raise UserError("already exists", where=str(partial), hint="remove it, or give another --out") from error
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise Failure("disk full", where=str(partial), hint="free some space; nothing was left behind") from error
-        raise UserError(f"cannot be written: {error.strerror}", where=str(out), hint="give another --out") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(out)

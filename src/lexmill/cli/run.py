@@ -15,6 +15,9 @@ def evaluate(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     data: Annotated[Path, typer.Argument(help="Labelled rows.")],
     adapter: Annotated[str | None, typer.Option(help="Which answers, where the artefact has several.")] = None,
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
@@ -26,7 +29,14 @@ def evaluate(
 
     with output.counter("evaluating", quiet=quiet or json) as progress:
         found = api.evaluate(
-            artifact, data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
+            artifact,
+            data,
+            adapter=adapter,
+            others=with_ or (),
+            encoding=encoding,
+            skip_bad=skip_bad,
+            report=report,
+            progress=progress,
         )
     output.show(found.to_dict() if json else found.lines(), json=json)
 
@@ -41,6 +51,9 @@ def predict(
     column: Annotated[
         list[str] | None, typer.Option(metavar="ROLE=COLUMN", help="Any other column; may be repeated.")
     ] = None,
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
 ) -> None:
@@ -48,7 +61,8 @@ def predict(
     from lexmill.cli.predict import predict
 
     columns = {"text": text, "text_pair": text_pair, **output.columns(column)}
-    predict(artifact, data, out, columns, adapter=adapter, encoding=encoding, skip_bad=skip_bad)
+    members = [artifact, *(with_ or ())]
+    predict(members, data, out, columns, adapter=adapter, encoding=encoding, skip_bad=skip_bad)
 
 
 def serve(

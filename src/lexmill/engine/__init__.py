@@ -8,6 +8,7 @@ from typing import Any
 from lexmill.artifact import Artifact
 from lexmill.engine.base import Cancelled, Engine, Expired, Overloaded, Request, Work
 from lexmill.engine.batcher import Batcher
+from lexmill.engine.ensemble import Ensemble
 from lexmill.engine.loaded import Loaded, load
 from lexmill.engine.torch_engine import TorchEngine
 from lexmill.errors import UserError
@@ -16,6 +17,7 @@ __all__ = [
     "Batcher",
     "Cancelled",
     "Engine",
+    "Ensemble",
     "Expired",
     "Loaded",
     "Overloaded",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lexmill.engine.torch_engine import TorchEngine
+from lexmill.engine import Ensemble, TorchEngine
 from lexmill.errors import UserError
 from lexmill.tasks.base import Metrics, Record
 
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: TorchEngine,
+    engine: TorchEngine | Ensemble,
     records: Iterable[Record],
     *,
     adapter: str | None = None,

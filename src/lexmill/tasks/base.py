@@ -180,6 +180,10 @@ class Task(ABC):
     def evidence(self, answer: Any) -> dict[str, float]:
         """The numbers behind an answer, by name (`head/label` → logit): what `verify` compares. Never rounded."""
 
+    def combine(self, answers: Sequence[Any]) -> Any:
+        """One answer out of those that several models gave to one item. A `UserError` where this task has no mean."""
+        raise UserError(f"answers of the task '{self.name}' cannot be combined", hint="ask one model alone")
+
     @abstractmethod
     def probe(self, texts: Sequence[str]) -> BaseModel:
         """A request with `raw` set, one item a text, for `verify`; a task on pairs gives each text the next as partner,

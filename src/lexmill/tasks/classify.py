@@ -248,6 +248,16 @@ class Classify(Task):
         assert isinstance(request, ClassifyRequest)
         return [self._record(item, where=f"texts[{i}]") for i, item in enumerate(request.texts)]
 
+    def combine(self, answers: Sequence[Logits]) -> Logits:
+        """The mean of the models' probabilities, as logits."""
+        return {head: self._mean(np.stack([answer[head] for answer in answers])) for head in answers[0]}
+
+    def _mean(self, logits: np.ndarray) -> np.ndarray:
+        given = torch.from_numpy(logits).double()
+        if self.options.multi_label:
+            return torch.logit(given.sigmoid().mean(0), eps=1e-12).float().numpy()
+        return (given.log_softmax(-1).logsumexp(0) - np.log(len(logits))).float().numpy()
+
     def probe(self, texts: Sequence[str]) -> BaseModel:
         if "text_pair" not in self.columns:
             return ClassifyRequest(texts=list(texts), raw=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -136,6 +136,8 @@ class Decoder(nn.Module):
 
 class EncoderDecoder(Transformer):
     """A transformer whose `forward` is the encoder, with a decoder that shares its embeddings."""
+
+    sides: ClassVar[int] = 2
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -95,8 +95,9 @@ class Model(nn.Module):
         return self.trunk.matmul_shapes()
 
     def trunk_parameters(self) -> int:
-        """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training."""
-        return sum(width * height for width, height in self.matmul_shapes())
+        """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training. Of an
+        encoder-decoder the mean of its sides, as for texts as long as their answers."""
+        return sum(width * height for width, height in self.matmul_shapes()) // self.trunk.sides
 
     def untrained_layers(self) -> int:
         """How many layers from below give the same for a text however long one trains, dropout aside: those under the
@@ -111,13 +112,13 @@ class Model(nn.Module):
     def training_work(self, known_layers: int = 0) -> int:
         """Operations a token that training must do: 2 a weight forward, 2 for the gradient of its input from the lowest
         layer up that is trained, 2 for its own where it is trained. The lowest `known_layers` do nothing."""
-        parts = [*([] if known_layers else [self.trunk.embeddings]), *self.trunk.layers[known_layers:]]
+        parts = [*([] if known_layers else [self.trunk.embeddings]), *self.trunk.blocks[known_layers:]]
         work, reached = 0, any(p.requires_grad for p in self.trunk.embeddings.parameters())
         for part in parts:
             reached = reached or any(p.requires_grad for p in part.parameters())
             for weight in self.trunk.matrices(part):
                 work += weight.numel() * (2 + 2 * reached + 2 * weight.requires_grad)
-        return work
+        return work // self.trunk.sides
 
     def depth(self, name: str) -> int:
         """How high a parameter stands, by its name: 0 for embeddings, from 1 on for layers, then all above them.

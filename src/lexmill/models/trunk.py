@@ -69,6 +69,8 @@ class Trunk(nn.Module, ABC):
     """Rows computed so far, padding included, summed over the layers that they went through."""
     known_rows: int = 0
     """Rows not computed, since what layers make of them was known; summed over these layers."""
+    sides: ClassVar[int] = 1
+    """Through how many sets of layers tokens go, each through its own: two where a decoder reads an encoder."""
     fan_in: bool = False
     """Whether the deviation of new matrices is divided by the square root of their inputs."""
     recomputes: ClassVar[bool] = False

@@ -5,5 +5,18 @@ from lexmill.tasks.classify import Classify
 from lexmill.tasks.embed import Embed
 from lexmill.tasks.generate import Generate
 from lexmill.tasks.rank import Rank
+from lexmill.tasks.seq2seq import Seq2Seq
 
-__all__ = ["Classify", "Embed", "Generate", "Metrics", "Rank", "Record", "Task", "Wants", "find", "register"]
+__all__ = [
+    "Classify",
+    "Embed",
+    "Generate",
+    "Metrics",
+    "Rank",
+    "Record",
+    "Seq2Seq",
+    "Task",
+    "Wants",
+    "find",
+    "register",
+]

@@ -196,7 +196,9 @@ def test_a_run_learns_and_its_artefact_answers_as_trained(words, sentences, tmp_
     monkeypatch.setenv("LEXMILL_CACHE", str(tmp_path / "cache"))
     english = [{"en": row["source"], "de": row["target"]} for row in sentences]
     config = FitConfig(
-        DataConfig(_write(tmp_path / "train.jsonl", english[:260]), test=_write(tmp_path / "test.jsonl", english[260:])),
+        DataConfig(
+            _write(tmp_path / "train.jsonl", english[:260]), test=_write(tmp_path / "test.jsonl", english[260:])
+        ),
         model=str(_model_directory(tmp_path / "model", tiny(words.get_vocab_size()), words)),
         task="seq2seq",
         options={"num_beams": 2, "max_new_tokens": 12},

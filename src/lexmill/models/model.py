@@ -95,8 +95,9 @@ class Model(nn.Module):
         return self.trunk.matmul_shapes()
 
     def trunk_parameters(self) -> int:
-        """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training. Of an
-        encoder-decoder the mean of its sides, as for texts as long as their answers."""
+        """Weights that each token of the trunk is multiplied by; useful work is 2 × this a token, 6 × in training.
+
+        Of an encoder-decoder it is the mean of both sides, as for texts that are as long as their answers."""
         return sum(width * height for width, height in self.matmul_shapes()) // self.trunk.sides
 
     def untrained_layers(self) -> int:

@@ -34,7 +34,7 @@ def test_a_question_is_nearest_to_its_answer(tmp_path: Path, monkeypatch: pytest
     layout = Packed.of([len(one) for one in ids])
     positions = torch.cat([torch.arange(len(one)) for one in ids])
     with torch.no_grad():
-        vectors = model.pooled(torch.tensor(sum(ids, [])), positions, layout, how="mean")
+        vectors = model.pooled(torch.tensor([i for one in ids for i in one]), positions, layout, how="mean")
     likeness = torch.nn.functional.normalize(vectors, dim=-1)
     likeness = likeness @ likeness.T - 2 * torch.eye(4)
     assert likeness.argmax(1).tolist() == [1, 0, 3, 2]

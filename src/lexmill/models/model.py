@@ -103,12 +103,12 @@ class Model(nn.Module):
     def untrained_layers(self) -> int:
         """How many layers from below give the same for a text however long one trains, dropout aside: those under the
         lowest trained weight. 0 where the embeddings, or anything beside the layers, are trained."""
-        lowest = 0 if self.trunk.has_prompt else len(self.trunk.layers)
-        for name, parameter in self.trunk.named_parameters():
-            part, _, rest = name.partition(".")
-            if parameter.requires_grad and part != "norm":
-                lowest = min(lowest, int(rest.partition(".")[0]) if part == "layers" else 0)
-        return lowest
+        parts = {name.partition(".")[0] for name, p in self.trunk.named_parameters() if p.requires_grad}
+        if self.trunk.has_prompt or parts - {"layers", "norm"}:
+            return 0
+        # Layers may share weights, so that the lowest trained one is asked for in the order in which they run.
+        trained = (any(p.requires_grad for p in layer.parameters()) for layer in self.trunk.layers)
+        return next((index for index, moves in enumerate(trained) if moves), len(self.trunk.layers))
 
     def training_work(self, known_layers: int = 0) -> int:
         """Operations a token that training must do: 2 a weight forward, 2 for the gradient of its input from the lowest

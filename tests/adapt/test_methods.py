@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lexmill.adapt import AdaptConfig, Adapted, adapt
 from lexmill.errors import UserError
-from lexmill.models import Model, load, save
+from lexmill.models import Model, families, init, load, save
 from lexmill.nn.lora import LoraLinear
 from lexmill.train import Optimizer, TrainConfig
 
@@ -279,3 +279,23 @@ def test_half_precision_and_recomputing_give_nearly_and_exactly_the_same_gradien
     assert all(torch.equal(again[n], grad) for n, grad in whole.items())
     flat, near = (torch.cat([one[n].float().flatten() for n in whole]) for one in (whole, rounded))
     assert float(torch.cosine_similarity(flat, near, 0)) > 0.98
+
+
+def test_both_sides_of_an_encoder_and_decoder_are_adapted_and_come_back(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = families.find("t5").read_config(sizes)
+    model = init(config, "t5", 0)
+    assert model.depths()["trunk.decoder.layers.1.mlp.up.weight"] == 4
+    adapt(model, AdaptConfig("bottleneck", width=4)).merge()
+    places = model.structure()["additions"]
+    # Attention, attention to the source, and the feed-forward layers: 2 in a layer of the encoder, 3 of the decoder.
+    assert len(places) == 2 * 2 + 2 * 3
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert all(torch.equal(t, again.trunk.state_dict()[n]) for n, t in model.trunk.state_dict().items())
+    adapted = adapt(init(config, "t5", 0), AdaptConfig("lora", layers=(1, 3)))
+    touched = {n.split(".attention")[0].split(".cross")[0] for n in adapted.before}
+    assert touched == {"trunk.layers.1", "trunk.decoder.layers.1"}
+    for method in ("prefix", "prompt"):
+        with pytest.raises(UserError, match="an encoder or a decoder"):
+            adapt(init(config, "t5", 0), AdaptConfig(method))  # pyright: ignore[reportArgumentType]

@@ -21,8 +21,8 @@ class AdaptConfig:
             small layers after attention and after the feed-forward layers (Houlsby et al. 2019); `prefix` keys and
             values in front of those of each layer (Li and Liang 2021); `prompt` embeddings in front of the input
             (Lester et al. 2021).
-        layers: adapt only so many of the upper layers, or those of a list of numbers, counted from 0 at the bottom;
-            the others, and the embeddings, stay as they are.
+        layers: adapt only so many of the upper layers, or those of a list of numbers, counted from 0 at the bottom,
+            a decoder's after its encoder's; the others, and the embeddings, stay as they are.
         rank, alpha: of `lora`: its matrices have this rank, and their product is scaled by `alpha / rank`. Of
             `adalora`: the mean rank at the end, and the scale is `alpha / initial_rank`.
         dropout: of `lora` and `adalora`, on the input of their matrices.

@@ -91,7 +91,7 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
         UserError: a target that the model's layers do not have, more layers than it has, layers that share their
             weights with others, or a method that has nothing to do in this model.
     """
-    layers = _chosen(model.trunk.layers, config.layers)
+    layers = _chosen(model.trunk.blocks, config.layers)
     if config.method == "full" and config.layers is None:
         if config.base_bits is not None:
             hint = "choose lora, or another method that leaves the matrices as they are"
@@ -108,7 +108,7 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
     return _adapted(model, config)
 
 
-def _chosen(layers: nn.ModuleList, wanted: int | Sequence[int] | None) -> dict[int, nn.Module]:
+def _chosen(layers: Sequence[nn.Module], wanted: int | Sequence[int] | None) -> dict[int, nn.Module]:
     """The layers wanted, by number; those that are the same module once, by the lowest."""
     numbers = _numbers(len(layers), wanted)
     chosen = {layers[number]: number for number in reversed(numbers)}
@@ -147,7 +147,12 @@ def _adapted(model: Model, config: AdaptConfig) -> Adapted:
 
 def _store(model: Model, bits: Bits, *, double: bool) -> tuple[int, int]:
     """Store the matrices of the layers that are not trained in fewer bits; gives the bytes of all before and after."""
-    found = [layer for _, _, layer in linears(model.trunk.layers) if layer.in_features * layer.out_features]
+    found = [
+        layer
+        for block in dict.fromkeys(model.trunk.blocks)
+        for _, _, layer in linears(block)
+        if layer.in_features * layer.out_features
+    ]
     before = sum(layer.weight.numel() * layer.weight.element_size() for layer in found)
     for layer in found:
         if not layer.weight.requires_grad:
@@ -200,15 +205,20 @@ def _bottleneck(on: _Surgery) -> None:
 
 
 def _transformer(on: _Surgery) -> Transformer:
-    if not isinstance(on.model.trunk, Transformer):
-        raise UserError(f"the method '{on.config.method}' needs a transformer", where="adapt.method")
-    return on.model.trunk
+    trunk = on.model.trunk
+    if not isinstance(trunk, Transformer) or len(trunk.blocks) > len(trunk.layers):
+        needed = f"the method '{on.config.method}' needs one transformer, an encoder or a decoder"
+        raise UserError(needed, where="adapt.method", hint="adapt it in another way, such as lora")
+    return trunk
 
 
 def _prefix(on: _Surgery) -> None:
     count, trunk = on.config.tokens, _transformer(on)
     own_attentions(on.model)
     _refuse_no_room(on.model, count)
+    if trunk.relative is not None:
+        hint = "adapt it in another way, such as lora"
+        raise UserError("a model with a bias by position cannot have a prefix", where="adapt.method", hint=hint)
     if any(isinstance(one, Prefix) for _, one in additions(trunk)):
         raise UserError("the model has a prefix already", where="adapt.method", hint="train it with another method")
     seen: list[dict[str, Tensor]] = []

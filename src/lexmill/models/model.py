@@ -121,18 +121,14 @@ class Model(nn.Module):
                 work += weight.numel() * (2 + 2 * reached + 2 * weight.requires_grad)
         return work // self.trunk.sides
 
-    def depth(self, name: str) -> int:
-        """How high a parameter stands, by its name: 0 for embeddings, from 1 on for layers, then all above them.
+    def depths(self) -> dict[str, int]:
+        """How high each parameter stands, by its name: 0 for embeddings, from 1 on for layers, then all above them.
 
         One that several layers share stands with the highest."""
-        match name.split("."):
-            case ["trunk", "embeddings", *_]:
-                return 0
-            case ["trunk", "layers", index, *_]:
-                stored = self.trunk.layers.get_submodule(index)
-                return 1 + max(number for number, layer in enumerate(self.trunk.layers) if layer is stored)
-            case _:
-                return 1 + len(self.trunk.layers)
+        found = {id(p): 0 for p in self.trunk.embeddings.parameters()}
+        for index, block in enumerate(self.trunk.blocks):
+            found |= {id(p): 1 + index for p in block.parameters()}
+        return {name: found.get(id(p), 1 + len(self.trunk.blocks)) for name, p in self.named_parameters()}
 
     def hidden(
         self,

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexmill.errors import UserError
 from lexmill.nn import bucketed
 from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
@@ -347,8 +346,7 @@ class Attention(nn.Module):
         self, prefix: Prefix, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Layout]:
         if bias is not None:
-            hint = "adapt it in another way, such as lora"
-            raise UserError("a model with a bias by position cannot have a prefix", where="adapt.method", hint=hint)
+            raise ValueError("a bias by position does not say what it is for a prefix")
         return prefix.join(k, v, layout)
 
     @property

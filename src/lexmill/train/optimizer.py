@@ -194,8 +194,8 @@ def _shares(model: nn.Module, names: Iterable[str], decay: float) -> dict[str, f
     if decay == 1.0:
         return dict.fromkeys(names, 1.0)
     assert isinstance(model, Model), "only a model knows how high its parameters stand"
-    top = 1 + len(model.trunk.layers)
-    shares = {name: decay ** (top - model.depth(name)) for name in names}
+    depths, top = model.depths(), 1 + len(model.trunk.blocks)
+    shares = {name: decay ** (top - depths[name]) for name in names}
     if len(set(shares.values())) < 2:
         hint = "train layers too, or leave it out"
         raise UserError("all that is trained stands at one height", where="train.layer_decay", hint=hint)
@@ -210,7 +210,7 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        """Prepare for what is trained now. With a `layer_decay` the model must know the `depth` of its parameters.
+        """Prepare for what is trained now. With a `layer_decay` the model must know the `depths` of its parameters.
 
         Raises:
             UserError: nothing that is trained stands at different heights, so that `layer_decay` would do nothing.

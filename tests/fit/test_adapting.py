@@ -14,14 +14,17 @@ from safetensors.torch import load_file
 from tests.fit.conftest import Recipe
 from tests.train.parts import rows, stored, tiny_llama, write_rows
 
+from lexmill import models
 from lexmill.adapt import AdaptConfig
 from lexmill.artifact import Artifact
 from lexmill.config import load as load_config
 from lexmill.engine import Request, TorchEngine
+from lexmill.engine.loaded import load
 from lexmill.errors import UserError
 from lexmill.evaluate import probes
 from lexmill.fit import DataConfig, FitConfig, Watch, fit
 from lexmill.monitor import read_events
+from lexmill.nn import Packed
 from lexmill.train import TrainConfig
 
 TARGETS = ("query", "value", "output", "up", "down")
@@ -46,26 +49,35 @@ def test_what_cannot_be_merged_answers_from_the_artefact_as_it_was_trained(
     assert (artifact.path / "adapters/default/adapter_model.safetensors").is_file() == (method != "bottleneck")
     assert any("no format for the method 'bottleneck'" in line for line in said) == (method == "bottleneck")
     assert "with `transformers` it answers as if it were without them" in (artifact.path / "card.md").read_text("utf-8")
-    code = (
-        "import json, sys\n"
-        "from lexmill.engine import TorchEngine\n"
-        "from lexmill.evaluate import probes\n"
-        "from pathlib import Path\n"
-        "folder = Path(sys.argv[1])\n"
-        "engine = TorchEngine(folder)\n"
-        "recorded = json.loads((folder / probes.FILE).read_text())\n"
-        "found = probes.record(engine.task, engine._model, engine._tokenizer)\n"
-        "assert 'lexmill.adapt' not in sys.modules\n"
-        "print(json.dumps([recorded, found]))\n"
-    )
-    if method != "prefix":  # One process is enough to show that the room is not needed.
-        engine = TorchEngine(artifact)
-        recorded = json.loads((artifact.path / probes.FILE).read_text())
-        found = probes.record(engine.task, engine._model, engine._tokenizer)  # pyright: ignore[reportPrivateUsage]
-    else:
-        done = subprocess.run([sys.executable, "-c", code, artifact.path], capture_output=True, text=True, check=True)
-        recorded, found = json.loads(done.stdout)
+    loaded = load(artifact)
+    recorded = json.loads((artifact.path / probes.FILE).read_text())
+    found = probes.record(loaded.task, loaded.model, loaded.tokenizer)
     assert json.loads(json.dumps(found)) == recorded
+
+
+def test_what_was_added_is_there_without_the_room_that_added_it(recipe: Recipe, tmp_path: Path) -> None:
+    config = replace(recipe(), adapt=AdaptConfig("prefix", tokens=6), options={"max_length": 96})
+    path = fit(config, tmp_path / "out").artifact.path
+    code = (
+        "import json, sys, torch\n"
+        "from lexmill import models\n"
+        "from lexmill.nn import Packed\n"
+        "torch.set_num_threads(1)\n"
+        "model = models.load(sys.argv[1])\n"
+        "assert 'lexmill.adapt' not in sys.modules\n"
+        "ids = torch.arange(100, 109)\n"
+        "with torch.no_grad():\n"
+        "    print(json.dumps(model(ids, torch.arange(9), Packed.of([9]))['label'].tolist()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        model = models.load(path)
+        found = model(torch.arange(100, 109), torch.arange(9), Packed.of([9]))["label"]
+        for layer in model.trunk.layers:
+            layer.attention.prefix = None
+        without = model(torch.arange(100, 109), torch.arange(9), Packed.of([9]))["label"]
+    assert json.loads(done.stdout) == found.tolist()
+    assert not torch.allclose(found, without, atol=1e-3)
 
 
 def test_texts_that_have_no_room_beside_a_prefix_are_refused_before_training(recipe: Recipe, tmp_path: Path) -> None:
@@ -145,8 +157,8 @@ def test_a_trunk_in_four_bits_is_saved_as_it_was_trained_and_the_record_has_the_
     untouched = tensors["bert.encoder.layer.0.intermediate.dense.weight"].view(-1, 64)
     assert max(len(block.unique()) for block in untouched) <= 16
     recorded = json.loads((artifact.path / probes.FILE).read_text())
-    engine = TorchEngine(artifact)
-    found = probes.record(engine.task, engine._model, engine._tokenizer)  # pyright: ignore[reportPrivateUsage]
+    loaded = load(artifact)
+    found = probes.record(loaded.task, loaded.model, loaded.tokenizer)
     assert json.loads(json.dumps(found)) == recorded
 
 

@@ -35,6 +35,8 @@ def add_adapter(base: Model, name: str, directory: Path, heads: Mapping[str, Map
     Raises:
         UserError: files are missing or broken, or do not fit the trunk, or are no low-rank adapter.
     """
+    if base.trunk.has_prompt:
+        raise UserError("a trunk with a prompt in front of its input cannot be shared", where=str(directory))
     load_adapter(base, directory, name)
     if not any(isinstance(layer, LoraLinear) and name in layer.adapters for _, _, layer in linears(base.trunk)):
         raise UserError("only low-rank adapters can share a trunk", where=str(directory))

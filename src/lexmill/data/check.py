@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -117,6 +117,7 @@ def check(
     max_tokens: int | None = None,
     max_chars: int = 10_000,
     tokenizer: Tokenizer | None = None,
+    apart: Collection[str] = (),
 ) -> DataReport:
     """Read the data once and report on it. Texts are hashed, not kept: a row takes some 60 bytes.
 
@@ -124,6 +125,7 @@ def check(
         max_tokens: texts of more tokens, special ones included, are over-long; needs `tokenizer`.
         max_chars: texts of more characters are over-long.
         tokenizer: counts tokens, where given; its truncation must be off.
+        apart: labels that training rows need not have.
 
     Raises:
         UserError: a file has no rows, or a broken one that the source does not skip.
@@ -143,7 +145,7 @@ def check(
             found += _conflicts(scan, own, column)
             found += _classes(scan, column, counts, several=name == "train")
         if name != "train":
-            found += _between(scans["train"], scan, np.concatenate([texts[: scans["train"].rows], own]), name)
+            found += _between(scans["train"], scan, np.concatenate([texts[: scans["train"].rows], own]), name, apart)
         findings += [replace(finding, path=str(scan.source.path)) for finding in found]
         start += scan.rows
     rank = {"error": 0, "warning": 1, "info": 2}
@@ -377,7 +379,9 @@ def _conflicts(scan: _Scan, texts: Int[np.ndarray, "row"], column: str) -> list[
     return [Finding("warning", "conflicts", message, len(where), tuple(examples))]
 
 
-def _between(train: _Scan, test: _Scan, texts: Int[np.ndarray, "row"], name: str) -> Iterator[Finding]:
+def _between(
+    train: _Scan, test: _Scan, texts: Int[np.ndarray, "row"], name: str, apart: Collection[str]
+) -> Iterator[Finding]:
     filled = np.concatenate([train.filled(), test.filled()])
     first = _first(texts)
     shared = np.flatnonzero((first < train.rows) & filled)
@@ -389,7 +393,7 @@ def _between(train: _Scan, test: _Scan, texts: Int[np.ndarray, "row"], name: str
         message = f"{len(shared):,} {name} texts are in the training data too: {name} scores flatter the model"
         yield Finding("warning", "overlap", message, len(shared), examples)
     for column, counts in test.counts.items():
-        unseen = [label for label in counts if label not in train.counts[column]]
+        unseen = [label for label in counts if label not in train.counts[column] and label not in apart]
         if unseen and train.counts[column]:
             examples = tuple(f"'{label}', {counts[label]:,} {name} rows" for label in unseen[:_EXAMPLES])
             message = f"{len(unseen):,} labels in '{column}' are in the {name} data but not in the training data"

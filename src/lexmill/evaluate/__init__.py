@@ -1,5 +1,5 @@
 """How good a model is: a task's metrics over an engine, and the report that shows them."""
 
-from lexmill.evaluate.run import Evaluation, evaluate
+from lexmill.evaluate.run import Evaluation, answered, evaluate
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "answered", "evaluate"]

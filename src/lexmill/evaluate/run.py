@@ -50,7 +50,20 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     where: Callable[[int], str] | None = None,
 ) -> Evaluation:
-    """Answer every record and score the answers. A record that cannot be answered raises its error.
+    """Answer every record and score the answers; see `answered`."""
+    asked, answers = answered(engine, records, adapter=adapter, progress=progress, where=where)
+    return Evaluation(engine.task_for(adapter).evaluate(answers, asked), len(asked))
+
+
+def answered(
+    engine: TorchEngine,
+    records: Iterable[Record],
+    *,
+    adapter: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    where: Callable[[int], str] | None = None,
+) -> tuple[list[Record], list[Any]]:
+    """Labelled records and the answers to them. A record that cannot be answered raises its error.
 
     Args:
         adapter: which answers, where the engine has several.
@@ -68,4 +81,4 @@ def evaluate(
         answers.append(answer)
         if progress is not None:
             progress(len(asked))
-    return Evaluation(engine.task_for(adapter).evaluate(answers, asked), len(asked))
+    return asked, answers

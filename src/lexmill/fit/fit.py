@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from lexmill.data.tokenizer import check_vocabulary
 from lexmill.engine import TorchEngine
 from lexmill.engine.loaded import Loaded
 from lexmill.errors import Failure, MissingExtra, UserError
-from lexmill.evaluate import Evaluation, evaluate, probes
+from lexmill.evaluate import Evaluation, answered, evaluate, probes
 from lexmill.fit.config import FitConfig
 from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
@@ -135,7 +135,7 @@ def fit(
     return FitResult(Artifact.open(out), time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """Training and what follows it, inside an open writer."""
 
@@ -167,7 +167,7 @@ class _Run:
             self.watch.note(f"the matrices of the layers take {after:,} bytes in place of {before:,}")
         with ExitStack() as ending:
             training, start, tracked = self._train(adapted, ending)
-            effect = training.effect() | self._finish(adapted) | keeping_effect(start, training)
+            effect = training.effect() | self._finish(adapted) | keeping_effect(start, training) | self._calibrate()
             test = self._test()
             if test is not None:
                 tracked.emit({"phase": "test", "step": training.steps, **test.metrics.values})
@@ -241,6 +241,18 @@ class _Run:
                 folder.rmdir()
                 self.watch.note(f"the adapter is in the model, and not kept beside it: {error.message}")
         adapted.merge()
+        return effect
+
+    def _calibrate(self) -> dict[str, float]:
+        """Let the task learn from the answers to the validation rows, where it does; gives what that did."""
+        prepared, config = self.prepared, self.prepared.config
+        if not prepared.calibrates:
+            return {}
+        self.watch.note("calibrating on the validation rows")
+        _, held = split(tokenized(prepared), config.data.validation_fraction, config.train.seed)
+        asked, answers = answered(self._engine(), held_out(prepared, held)())
+        task, effect = prepared.task.calibrate(answers, asked)
+        self.prepared = replace(prepared, task=task)
         return effect
 
     def _test(self) -> Evaluation | None:

@@ -31,7 +31,7 @@ from lexmill.data.tokenizer import fingerprint, load_tokenizer
 from lexmill.errors import UserError
 from lexmill.fit.config import DataConfig, FitConfig
 from lexmill.fit.model import model_directory
-from lexmill.tasks import Record, Task, find
+from lexmill.tasks import Record, Task, Wants, find
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Sources:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose input has been looked at and found usable; `max_tokens` is where its task cuts texts."""
+    """A run whose input has been looked at and found usable; `max_tokens` is where its task cuts texts, and
+    `calibrates` whether the task learns from validation rows after training."""
 
     config: FitConfig
     model_directory: Path
@@ -55,6 +56,7 @@ class Prepared:
     tokenizer: Tokenizer
     task: Task
     max_tokens: int | None
+    calibrates: bool = False
 
 
 class Subset:
@@ -101,12 +103,26 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
         validation=sources.validation,
         tokenizer=tokenizer,
         max_tokens=wants.max_tokens,
+        apart=wants.apart,
     )
     for finding in report.findings:
         if finding.severity == "error":
             raise UserError(finding.message, where=finding.path, hint="; ".join(finding.examples) or None)
     task = _learn(task_type, sources.train, columns, options)
-    return Prepared(config, directory, sources, columns, report, tokenizer, task, wants.max_tokens)
+    _refuse_nothing_apart(wants, config, report)
+    return Prepared(config, directory, sources, columns, report, tokenizer, task, wants.max_tokens, bool(wants.apart))
+
+
+def _refuse_nothing_apart(wants: Wants, config: FitConfig, report: DataReport) -> None:
+    """Before a long run, see that validation rows will have the labels that are learnt from them alone."""
+    rows = report.validation or (report.train if config.data.validation_fraction else None)
+    for label in wants.apart:
+        if rows is None or not any(label in counts for counts in rows.labels.values()):
+            raise UserError(
+                f"no validation row has the label '{label}'",
+                where=rows.path if rows else "data.validation",
+                hint="give such rows with --validation, or data.validation_fraction of training rows that hold some",
+            )
 
 
 def _learn(task: type[Task], source: Source, columns: Columns, options: Any) -> Task:

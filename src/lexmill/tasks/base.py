@@ -53,12 +53,14 @@ class Wants:
         label_columns: where the options name them; otherwise they are given or guessed.
         multi_label: a record may have several labels.
         max_tokens: longer texts are cut, and the data check says how many.
+        apart: labels that no training row need have; validation rows must have each, and `calibrate` learns from them.
     """
 
     labels: Literal["class", "value", "none"] = "class"
     label_columns: tuple[str, ...] = ()
     multi_label: bool = False
     max_tokens: int | None = None
+    apart: tuple[str, ...] = ()
 
 
 class Task(ABC):
@@ -170,6 +172,16 @@ class Task(ABC):
     @abstractmethod
     def answer(self, model: Model, batch: Batch, records: Sequence[Record], tokenizer: Tokenizer) -> list[Any]:
         """One answer a record, of a type of the task's own. Called under `torch.inference_mode`."""
+
+    def calibrate(self, answers: Sequence[Any], records: Sequence[Record]) -> tuple[Self, dict[str, float]]:
+        """The task with what it learns from its answers to the validation rows once the model is trained, such as a
+        threshold, and numbers for the record. Asked of a task whose `wants` names labels `apart`."""
+        return self, {}
+
+    def item_scores(self, answers: Sequence[Any], records: Sequence[Record]) -> np.ndarray | None:
+        """How good each answer is by itself, higher being better, NaN where its record says nothing of that. 0 and 1
+        alone mean wrong and right. None where answers are good or bad only together."""
+        return None
 
     @abstractmethod
     def render(self, answer: Any, request: BaseModel | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lexmill.data.batch import Batch, Example
 from lexmill.data.check import labels_in
 from lexmill.errors import UserError
 from lexmill.models import Model
-from lexmill.tasks import scoring
+from lexmill.tasks import scope, scoring
 from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
 from lexmill.tasks.texts import text_in, tokens_of
@@ -41,6 +41,11 @@ class ClassifyOptions:
         label_smoothing: share of the label's probability that is spread over all labels (Szegedy et al. 2016); not
             with `multi_label`.
         threshold: with `multi_label`, the probability from which a label is given.
+        out_of_scope: the label of rows that are none of the classes. Nothing is learnt from them in training; on the
+            validation rows a threshold is chosen below which a text is given this label. For one head, one label.
+        out_of_scope_by: how sure the model is: its largest `probability`, or the `energy` of its logits.
+        out_of_scope_goal: what the threshold shall serve best: `balanced`, the mean of the shares of both kinds of rows
+            that are treated rightly; `accuracy` over all rows; or `f1` of the rows out of scope.
     """
 
     max_length: Annotated[int, Ge(3)] = 128
@@ -49,6 +54,9 @@ class ClassifyOptions:
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
+    out_of_scope: str | None = None
+    out_of_scope_by: scope.Certainty = "probability"
+    out_of_scope_goal: scope.Objective = "balanced"
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ class ClassifyAnswer(BaseModel):
     label: str | None = None
     score: float | None = None
     labels: list[LabelScore] | None = Field(default=None, description="Multi-label, or top_k > 1.")
+    out_of_scope: bool | None = Field(
+        default=None, description="Where the model knows a limit; if true, `score` is that of the best label, refused."
+    )
     heads: dict[str, ClassifyAnswer] | None = None
     logits: dict[str, float] | None = Field(default=None, description="With `raw`: head/label to logit.")
 
@@ -103,7 +114,11 @@ class Classify(Task):
     metric: ClassVar[str] = "accuracy"
     evidence_field: ClassVar[str] = "logits"
 
-    def __init__(self, columns: Mapping[str, str], heads: Sequence[Head], options: ClassifyOptions) -> None:
+    def __init__(
+        self, columns: Mapping[str, str], heads: Sequence[Head], options: ClassifyOptions, limit: float | None = None
+    ) -> None:
+        """`limit` is the certainty below which a text is out of scope; None where that was not learnt."""
+        self.limit = limit
         self.columns = dict(columns)
         self.heads = {head.name: head for head in heads}
         self.options = options
@@ -112,18 +127,23 @@ class Classify(Task):
     # --- construction -----------------------------------------------------------------------------------------
     @classmethod
     def wants(cls, options: ClassifyOptions) -> Wants:
-        return Wants(label_columns=options.heads, multi_label=options.multi_label, max_tokens=options.max_length)
+        apart = () if options.out_of_scope is None else (options.out_of_scope,)
+        return Wants("class", options.heads, options.multi_label, options.max_length, apart)
 
     @classmethod
     def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: ClassifyOptions) -> Self:
         if options.multi_label and options.label_smoothing:
             hint = "set one of the two"
             raise UserError("several labels a text are not smoothed", where="options.label_smoothing", hint=hint)
+        if options.out_of_scope is not None and (options.multi_label or options.heads):
+            hint = "leave it out, or classify with one label in one head"
+            raise UserError("only one label of one head has a scope", where="options.out_of_scope", hint=hint)
         head_columns = options.heads or (columns.get("label", "label"),)
         counts: dict[str, Counter[str]] = {column: Counter() for column in head_columns}
         for record in records:
             for column, counter in counts.items():
                 counter.update(_labels_of(record, column, multi=options.multi_label))
+                counter.pop(options.out_of_scope or "", None)
         for column, counter in counts.items():
             if len(counter) < 2:
                 found = f"only '{next(iter(counter))}'" if counter else "no label"
@@ -149,7 +169,7 @@ class Classify(Task):
             Head(head["name"], head["column"], tuple(head["labels"]), tuple(head["weights"])) for head in state["heads"]
         ]
         options: dict[str, Any] = {**state["options"], "heads": tuple(state["options"]["heads"])}
-        return cls(state["columns"], heads, ClassifyOptions(**options))
+        return cls(state["columns"], heads, ClassifyOptions(**options), state.get("limit"))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -159,6 +179,7 @@ class Classify(Task):
                 for h in self.heads.values()
             ],
             "options": {**asdict(self.options), "heads": list(self.options.heads)},
+            **({} if self.limit is None else {"limit": self.limit}),
         }
 
     def labels(self) -> Mapping[str, Sequence[str]]:
@@ -183,6 +204,8 @@ class Classify(Task):
         found: dict[str, np.ndarray] = {}
         for head in self.heads.values():
             given = _labels_of(record, head.column, multi=self.options.multi_label)
+            if given and given[0] == self.options.out_of_scope:
+                continue
             index = self._index[head.name]
             for label in given:
                 if label not in index:
@@ -290,7 +313,11 @@ class Classify(Task):
         if self.options.multi_label:
             given = [i for i in order if probabilities[i] >= self.options.threshold]
             return {"labels": [{"label": head.labels[i], "score": float(probabilities[i])} for i in given]}
-        return {**ranked[0], "labels": ranked} if request.top_k > 1 else ranked[0]
+        shown: dict[str, Any] = {**ranked[0], "labels": ranked} if request.top_k > 1 else dict(ranked[0])
+        if self.limit is not None:
+            refused = bool(self._certainty(logits) < self.limit)
+            shown |= {"label": self.options.out_of_scope if refused else shown["label"], "out_of_scope": refused}
+        return shown
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Softmax of logits `[..., label]`, or with `multi_label` a sigmoid of each."""
@@ -319,7 +346,59 @@ class Classify(Task):
                 found[name] = scoring.multi_label(probabilities, gold, head.labels, self.options.threshold)
             else:
                 found[name] = scoring.single_label(probabilities, gold, head.labels)
+        if self.options.out_of_scope is not None:
+            return self._with_scope(found["label"], answers, records)
         return found["label"] if list(found) == ["label"] else scoring.combine(found)
+
+    def item_scores(self, answers: Sequence[Logits], records: Sequence[Record]) -> np.ndarray:
+        """The share of a record's heads that are right; with several labels a head is right or wrong as a whole."""
+        each = [self._right(answer, record) for answer, record in zip(answers, records, strict=True)]
+        return np.array([np.mean(right) if right else np.nan for right in each])
+
+    def _right(self, answer: Logits, record: Record) -> list[bool]:
+        if self._outside(record):
+            return [self.limit is not None and bool(self._certainty(answer["label"]) < self.limit)]
+        found: list[bool] = []
+        for name, gold in self._labels(record).items():
+            if self.options.multi_label:
+                given = self.probabilities(answer[name]) >= self.options.threshold
+                found.append(bool((given == (gold > 0)).all()))
+            else:
+                refused = self.limit is not None and bool(self._certainty(answer[name]) < self.limit)
+                found.append(not refused and int(answer[name].argmax()) == int(gold))
+        return found
+
+    # --- out of scope -----------------------------------------------------------------------------------------
+    def calibrate(self, answers: Sequence[Logits], records: Sequence[Record]) -> tuple[Self, dict[str, float]]:
+        sure, right, inside = self._scope(answers, records)
+        if inside.all() or not inside.any():
+            what = f"all validation rows are {'in' if inside.all() else 'out of'} scope"
+            raise UserError(what, where="options.out_of_scope", hint="give rows of both kinds with --validation")
+        chosen = scope.choose(sure, right, inside, self.options.out_of_scope_goal)
+        task = type(self)(self.columns, list(self.heads.values()), self.options, chosen.value)
+        return task, {"out_of_scope_limit": chosen.value, "out_of_scope_goal": chosen.objective}
+
+    def _with_scope(self, known: Metrics, answers: Sequence[Logits], records: Sequence[Record]) -> Metrics:
+        values, intervals = scope.measure(*self._scope(answers, records), self.limit)
+        return Metrics({**known.values, **values}, {**known.intervals, **intervals}, known.tables)
+
+    def _scope(self, answers: Sequence[Logits], records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the labelled records: how sure the answer is, whether its best label is right, whether there is one."""
+        rows: list[tuple[np.ndarray, int | None]] = []
+        for answer, record in zip(answers, records, strict=True):
+            label = self._labels(record).get("label")
+            if label is not None or self._outside(record):
+                rows.append((answer["label"], None if label is None else int(label)))
+        logits = np.stack([one for one, _ in rows])
+        gold = np.array([-1 if label is None else label for _, label in rows])
+        return self._certainty(logits), logits.argmax(-1) == gold, gold >= 0
+
+    def _outside(self, record: Record) -> bool:
+        wanted = self.options.out_of_scope
+        return wanted is not None and labels_in(record.get(self.heads["label"].column), multi=False) == [wanted]
+
+    def _certainty(self, logits: np.ndarray) -> np.ndarray:
+        return scope.certainty(logits, self.options.out_of_scope_by)
 
 
 def _class_weights(counts: Counter[str], how: str) -> tuple[float, ...]:

@@ -36,6 +36,7 @@ __all__ = [
     "augment",
     "check",
     "combine",
+    "compare",
     "evaluate",
     "fit",
     "import_gguf",

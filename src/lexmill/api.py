@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lexmill.data.augment import Edit
     from lexmill.data.check import DataReport
     from lexmill.engine import Ensemble, TorchEngine
-    from lexmill.evaluate import Evaluation
+    from lexmill.evaluate import Comparison, Evaluation
     from lexmill.fit import FitResult, Watch
     from lexmill.learn import SearchResult, Space
     from lexmill.verify import Verification
@@ -31,6 +31,7 @@ __all__ = [
     "augment",
     "check",
     "combine",
+    "compare",
     "evaluate",
     "fit",
     "import_gguf",
@@ -414,6 +415,36 @@ def evaluate(
     return load(artifact, others=others).evaluate(
         data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
     )
+
+
+def compare(
+    first: Path | str,
+    second: Path | str,
+    data: Path | str,
+    *,
+    top: int = 20,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Let two artefacts of one task answer the same labelled rows: how much better the second is, and how sure that is.
+
+    Args:
+        top: how many of the rows they disagree on to keep.
+        progress: told how many rows are done, once a model.
+
+    Raises:
+        UserError: their tasks, labels or columns differ, or a row cannot be scored.
+    """
+    from lexmill.data import open_source
+    from lexmill.evaluate import compare
+
+    one, other = load(first), load(second)
+    source, lines = open_source(data, encoding=encoding, skip_bad=skip_bad), array("q")
+    return compare(
+        one.engine, other.engine, _noting_lines(source, lines), names=(str(first), str(second)), top=top,
+        progress=progress, where=lambda i: source.where(lines[i]),
+    )  # fmt: skip
 
 
 def verify(artifact: Path | str) -> Verification:

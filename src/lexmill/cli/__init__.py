@@ -27,6 +27,7 @@ VERBS = {
     "augment": ("data", "Make more rows of those there are."),
     "label": ("learn", "Label rows with a model, where it is sure."),
     "evaluate": ("run", "Score a model on labelled data, with confidence intervals."),
+    "compare": ("run", "Compare two models on the same labelled rows."),
     "predict": ("run", "Answer rows as a stream, one JSON object a line."),
     "serve": ("run", "Serve artefacts over HTTP."),
     "show": ("inspect", "Print what an artefact is, was made from and can do."),

@@ -41,6 +41,24 @@ def evaluate(
     output.show(found.to_dict() if json else found.lines(), json=json)
 
 
+def compare(
+    first: Annotated[Path, typer.Argument(help="An artefact.")],
+    second: Annotated[Path, typer.Argument(help="Another one of the same task and labels.")],
+    data: Annotated[Path, typer.Argument(help="Labelled rows.")],
+    top: Annotated[int, typer.Option(help="How many disagreements to show.", min=0)] = 20,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Compare two models on the same labelled rows. Says how much better the second is, how sure that is, and where."""
+    from lexmill import api
+
+    with output.counter("comparing", quiet=quiet or json) as progress:
+        found = api.compare(first, second, data, top=top, encoding=encoding, skip_bad=skip_bad, progress=progress)
+    output.show(found.to_dict() if json else found.lines(), json=json)
+
+
 def predict(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     data: Annotated[str, typer.Argument(help="Rows, or - for standard input: JSON lines, or one text a line.")] = "-",

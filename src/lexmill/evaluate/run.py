@@ -56,7 +56,7 @@ def evaluate(
 
 
 def answered(
-    engine: TorchEngine,
+    engine: TorchEngine | Ensemble,
     records: Iterable[Record],
     *,
     adapter: str | None = None,

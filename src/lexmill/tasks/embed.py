@@ -260,6 +260,16 @@ class Embed(Task):
             {"missed": self._missed(ranks, records)},
         )
 
+    def item_scores(self, answers: Sequence[Vectors], records: Sequence[Record]) -> np.ndarray:
+        """One over the rank of a text's own pair; where pairs have scores, what each adds to Spearman's correlation."""
+        if "score" not in self.columns:
+            return 1 / self._ranks(answers, records)
+        there = [number_in(record, self.columns["score"]) is not None for record in records]
+        cosine, gold = self._cosines(answers, records)
+        found = np.full(len(records), np.nan)
+        found[there] = metrics.products(metrics.ranks(cosine), metrics.ranks(gold))
+        return found
+
     def _cosines(self, answers: Sequence[Vectors], records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
         """Of the pairs that have a score, the cosine and the score."""
         scores = [number_in(record, self.columns["score"]) for record in records]

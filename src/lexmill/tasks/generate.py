@@ -214,6 +214,10 @@ class Generate(Task):
             return {"nll": answer.nll}
         return {f"{i}:{token}": value for i, (token, value) in enumerate(zip(answer.ids, answer.logprobs, strict=True))}
 
+    def item_scores(self, answers: Sequence[Score], records: Sequence[Record]) -> np.ndarray:
+        """The mean log-likelihood of a row's tokens, in nats."""
+        return np.array([-answer.nll / answer.tokens if answer.tokens else np.nan for answer in answers])
+
     def evaluate(self, answers: Sequence[Score], records: Sequence[Record]) -> Metrics:
         nll = np.array([answer.nll for answer in answers])
         tokens = np.array([answer.tokens for answer in answers])

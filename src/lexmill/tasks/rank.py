@@ -245,6 +245,14 @@ class Rank(Task):
             found = Metrics({**found.values, **grouped.values}, {**found.intervals, **grouped.intervals}, found.tables)
         return found
 
+    def item_scores(self, answers: Sequence[Scores], records: Sequence[Record]) -> np.ndarray:
+        """Whether no or yes is right; where labels are graded, the squared error of the share, negative."""
+        targets = np.array([np.nan if (t := self._target(record)) is None else t for record in records])
+        share = _sigmoid(np.array([answer.logits[0] for answer in answers]))
+        if self.graded:
+            return -np.square(share - targets)
+        return np.where(np.isnan(targets), np.nan, (share > 0.5) == (targets > 0.5))
+
 
 def _graded(gold: Float[np.ndarray, "item"], scores: Float[np.ndarray, "item"]) -> Metrics:
     both = {"spearman": metrics.spearman, "pearson": metrics.pearson}

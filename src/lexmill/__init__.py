@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         augment,
         check,
         combine,
+        compare,
         evaluate,
         fit,
         import_gguf,

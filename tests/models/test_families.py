@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,25 @@ def test_a_stored_classifier_gives_the_logits_of_transformers_and_goes_back(name
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_training_gradients_of_packed_equal_those_of_dense(name, tmp_path):
+    torch.manual_seed(4)
+    theirs = reference(ALL[name][0], **ALL[name][1])
+    ours = load(stored(theirs, tmp_path), dtype=torch.float64).train()
+    ours.set_dropout(0.0)
+    texts, _, types = texts_for(theirs)
+    packed = ours.hidden(*texts.packed, types=types)
+    weight = torch.randn_like(packed)
+    grads = []
+    for rows in (packed, texts.rows(ours.hidden(*texts.dense, types=None if types is None else texts.dense_types))):
+        ours.zero_grad()
+        (rows * weight).sum().backward()
+        grads.append({n: p.grad.to_dense().clone() for n, p in ours.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for parameter, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][parameter], grad, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_round_trip_keeps_every_name_type_bit_and_config_key(name, dtype, tmp_path):
     kind, changes = ALL[name]
@@ -133,10 +154,46 @@ def test_tables_name_every_tensor_of_their_trunk_once():
             assert family.trunk(config).state_dict().keys() <= set(ours), family.name
 
 
-def test_an_unknown_architecture_is_an_error_that_lists_the_families():
+def test_the_page_on_families_lists_all_of_them():
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-family.md").read_text("utf-8")
+    rows = [
+        line.split("|")[1]
+        for line in page.split("## The families there are")[1].split("##")[0].splitlines()
+        if "`" in line[:4]
+    ]
+    assert sorted(name for row in rows for name in re.findall("`(.+?)`", row)) == sorted(
+        f.name for f in families.known()
+    )
+
+
+@pytest.mark.parametrize("known", [{"model_type": "mamba"}, {"architectures": ["MambaModel"]}, {}])
+def test_an_unknown_architecture_is_an_error_that_lists_the_families(known):
     with pytest.raises(UserError) as error:
-        families.recognise({"model_type": "mamba"}, "config.json")
+        families.recognise(known, "config.json")
     assert all(family.name in str(error.value.hint) for family in families.known())
+    assert "nearest" not in str(error.value.hint)
+
+
+def test_an_unknown_architecture_is_told_the_nearest_family_and_what_that_does_not_know():
+    import transformers
+
+    config = transformers.Gemma2Config(num_hidden_layers=2, attn_logit_softcapping=30.0).to_dict()
+    with pytest.raises(UserError) as error:
+        families.recognise(config, "config.json")
+    hint = str(error.value.hint)
+    assert "nearest by its keys is 'mistral'" in hint
+    assert "attn_logit_softcapping=30.0" in hint
+    assert "query_pre_attn_scalar=256" in hint
+    assert "vocab_size" not in hint
+    assert "use_cache" not in hint
+
+
+def test_an_unknown_architecture_is_told_of_a_value_that_the_nearest_family_cannot_represent():
+    hf = {"model_type": "strange", "n_embd": 32, "n_layer": 2, "n_head": 2, "activation_function": "mish"}
+    with pytest.raises(UserError, match="'strange'") as error:
+        families.recognise(hf, "config.json")
+    assert "'gpt2'" in str(error.value.hint)
+    assert "activation_function: 'mish'" in str(error.value.hint)
 
 
 @pytest.mark.parametrize(

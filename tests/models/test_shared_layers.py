@@ -124,7 +124,7 @@ def test_a_group_can_be_adapted_and_a_prefix_cannot():
     adapt(model, AdaptConfig("full", layers=3))
     trained = {name for name, p in model.trunk.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.trunk.named_parameters() if name.startswith("layers.1.")}
-    assert [model.depth(f"trunk.layers.{i}.mlp.up.weight") for i in (0, 1)] == [3, 6]
+    assert [model.depths()[f"trunk.layers.{i}.mlp.up.weight"] for i in (0, 1)] == [3, 6]
     assert model.untrained_layers() == 3
     with pytest.raises(UserError, match="prefix"):
         adapt(init(SHARED, "albert", seed=0), AdaptConfig("prefix"))

@@ -154,6 +154,17 @@ def test_a_source_may_have_several_targets():
     assert gap(together.detach(), torch.cat(parts).detach()) <= 1e-10
 
 
+def test_a_classifier_on_the_encoder_survives_its_files(tmp_path):
+    config = families.find("t5").read_config({"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2})
+    model, texts = init(config, "t5", 0), Texts(SOURCES)
+    model.add_classifier("label", 3)
+    save(model.eval(), tmp_path)
+    with torch.no_grad():
+        logits = model(*texts.packed)["label"]
+        assert logits.shape == (len(SOURCES), 3)
+        assert torch.equal(load(tmp_path)(*texts.packed)["label"], logits)
+
+
 def test_what_is_no_encoder_decoder_says_so():
     with pytest.raises(UserError, match="is_encoder_decoder"):
         families.find("t5").read_config({"is_encoder_decoder": False})

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import UnigramTrainer
 
 from lexmill import models
+from lexmill.adapt import AdaptConfig, adapt
 from lexmill.data import collate
 from lexmill.engine import Loaded, Request, TorchEngine
 from lexmill.errors import UserError
@@ -177,6 +178,20 @@ def test_what_cannot_be_learnt_says_why(words: Tokenizer) -> None:
         task.encode([{"source": 3}], words, labelled=False)
     with pytest.raises(UserError, match="no decoder"):
         task.attach(init(ModelConfig(20, 8, 1, 2, 2, 4, 8, 16), "bert", 0))
+
+
+def test_adapters_reach_both_sides_and_what_has_one_place_is_refused(task_and_model, words, sentences) -> None:
+    task, model = task_and_model
+    adapted = adapt(model, AdaptConfig("lora"))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "adapters" in name}
+    for place in ("layers.0.attention.query", "decoder.layers.0.attention.query", "decoder.layers.0.cross.value"):
+        assert any(name.startswith(f"trunk.{place}") for name in trained), place
+    accumulate(model, task, [collate(task.encode(sentences[:2], words, labelled=True))], seed=0)
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
+    adapted.merge()
+    assert not any("adapters" in name for name, _ in model.named_parameters())
+    with pytest.raises(UserError, match="one transformer"):
+        adapt(model, AdaptConfig("prefix"))
 
 
 def _model_directory(folder: Path, model: Model, words: Tokenizer) -> Path:

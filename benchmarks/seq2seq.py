@@ -1,9 +1,9 @@
 """English to German on Multi30k from scratch: Lexmill against the same T5 in transformers, in one run.
 
-Both begin with the same weights (3 + 3 layers of 256) and see the same batches, optimiser steps, learning rates and share
-of dropout; `transformers` is trained by a plain loop with dynamic padding. Both are then asked for the test sentences by
-beam search. Lexmill drops hidden states and attention weights; T5 of transformers drops the feed-forward layer's inner
-states and the last hidden state as well.
+Both begin with the same weights (3 + 3 layers of 256) and see the same batches, optimiser steps, learning rates and
+share of dropout; `transformers` is trained by a plain loop with dynamic padding. Both are then asked for the test
+sentences by beam search. Lexmill drops hidden states and attention weights; T5 of transformers drops the feed-forward
+layer's inner states and the last hidden state as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lexmill: from text to a small, fast, monitored language service on the hardware people own.
 
-`lm.fit`, `lm.combine`, `lm.load`, `lm.check`, `lm.evaluate`, `lm.verify` and `lm.serve` mirror the verbs of the command
-line. They are imported when first asked for, so that `import lexmill` costs nothing.
+`lm.fit`, `lm.load`, `lm.check`, `lm.tokenizer`, `lm.evaluate`, `lm.verify`, `lm.serve` and others mirror the verbs of
+the command line. They are imported when first asked for, so that `import lexmill` costs nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load,
         search,
         serve,
+        tokenizer,
         verify,
     )
     from lexmill.errors import Failure, MissingExtra, UserError
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "search",
     "serve",
+    "tokenizer",
     "verify",
 ]
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lexmill.data import Source
     from lexmill.data.augment import Edit
     from lexmill.data.check import DataReport
+    from lexmill.data.tokenizer_training import TrainedTokenizer
     from lexmill.engine import Ensemble, TorchEngine
     from lexmill.evaluate import Comparison, Evaluation
     from lexmill.fit import FitResult, Watch
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "search",
     "serve",
+    "tokenizer",
     "verify",
 ]
 
@@ -190,6 +192,38 @@ def check(
 
     tokenizer = load_tokenizer(model_directory(str(model)))
     return check(source, other, columns, tokenizer=tokenizer, max_tokens=max_length)
+
+
+def tokenizer(
+    data: Path | str,
+    *,
+    out: Path | str,
+    kind: str = "bpe",
+    vocab_size: int = 8000,
+    special: str | None = None,
+    lowercase: bool | None = None,
+    text: str | None = None,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> TrainedTokenizer:
+    """Train a tokenizer on text, read as a stream, and write it into a new directory.
+
+    Args:
+        out: the directory; must not exist.
+        kind, vocab_size, special, lowercase: see `TokenizerConfig`.
+        text: the column; guessed otherwise.
+        progress: told how many rows are read.
+
+    Raises:
+        UserError: for anything wrong with what was given, and where the text is too little for `vocab_size`.
+    """
+    from lexmill.config import load
+    from lexmill.data.tokenizer_training import TokenizerConfig, write_tokenizer
+
+    flags = {"kind": kind, "vocab_size": vocab_size, "special": special, "lowercase": lowercase}
+    config = load(TokenizerConfig, flags=flags).value
+    return write_tokenizer(data, Path(out), config, text=text, encoding=encoding, skip_bad=skip_bad, progress=progress)
 
 
 @dataclass(frozen=True)

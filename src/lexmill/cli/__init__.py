@@ -23,6 +23,7 @@ VERBS = {
     "combine": ("fit", "Put several adapters over one trunk, in one artefact."),
     "demo": ("fit", "Do the whole job on bundled data."),
     "search": ("learn", "Find good settings by training with many."),
+    "tokenizer": ("tokenizer", "Train a tokenizer on text."),
     "check": ("data", "Look at data before training on it."),
     "augment": ("data", "Make more rows of those there are."),
     "label": ("learn", "Label rows with a model, where it is sure."),

@@ -15,7 +15,7 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="The artefact to write; must not exist.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in TOML.")] = None,
     task: Annotated[str | None, typer.Option(help="classify, generate, …; docs/tasks.md has all.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hugging Face directory, artefact, or minilm.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face directory, artefact, minilm, lstm or gru.")] = None,
     test: Annotated[Path | None, typer.Option(help="Rows to evaluate on at the end.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Rows to pick the best epoch by.")] = None,
     text: Annotated[str | None, typer.Option(help="The text column; guessed otherwise.")] = None,

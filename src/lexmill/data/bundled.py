@@ -13,3 +13,8 @@ def banking77() -> tuple[Path, Path]:
     """
     folder = Path(str(files("lexmill"))) / "bundled" / "banking77"
     return folder / "train.jsonl.xz", folder / "test.jsonl.xz"
+
+
+def structure(name: str) -> Path:
+    """The directory of a model that is trained from scratch: its `config.json`, and neither weights nor tokenizer."""
+    return Path(str(files("lexmill"))) / "bundled" / "models" / name

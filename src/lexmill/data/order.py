@@ -7,19 +7,14 @@ import hashlib
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from lexmill.data.draws import mix
+
 _ROUNDS = 8
 
 
 def _keys(*parts: int | str) -> UInt64[np.ndarray, "round"]:
     text = ":".join(map(str, parts)).encode()
     return np.frombuffer(hashlib.blake2b(text, digest_size=8 * _ROUNDS).digest(), dtype="<u8")
-
-
-def _mix(values: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def permute(positions: Int[np.ndarray, "n"], size: int, *key: int | str) -> Int[np.ndarray, "n"]:
@@ -39,9 +34,9 @@ def permute(positions: Int[np.ndarray, "n"], size: int, *key: int | str) -> Int[
         left, right = out[outside] >> low, out[outside] & low_mask
         for turn, round_key in enumerate(keys):
             if turn % 2:
-                right ^= _mix(left ^ round_key) & low_mask
+                right ^= mix(left ^ round_key) & low_mask
             else:
-                left ^= _mix(right ^ round_key) & high_mask
+                left ^= mix(right ^ round_key) & high_mask
         out[outside] = (left << low) | right
         outside = outside[out[outside] >= size]
     return out.astype(np.int64)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
 from lexmill.adapt.config import AdaptConfig
+from lexmill.data.lines import MAX_LINE_BYTES
+from lexmill.data.tokenizer_training import TokenizerConfig
 from lexmill.errors import UserError
 from lexmill.monitor.trackers import Tracker
 from lexmill.train.config import TrainConfig
+
+TRAINED_TOKENIZER = TokenizerConfig(special="roberta")
+"""Its special tokens serve every task: texts are never empty, and can be masked."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class DataConfig:
         encoding: of text files.
         delimiter: of CSV files; by the file's suffix where not given.
         skip_bad: pass over broken rows and count them, in place of stopping at the first.
+        max_line_bytes: a longer row is broken: raise it where a row is a book.
     """
 
     train: Path
@@ -39,6 +45,7 @@ class DataConfig:
     encoding: str = "utf-8"
     delimiter: str | None = None
     skip_bad: bool = False
+    max_line_bytes: Annotated[int, Ge(1)] = MAX_LINE_BYTES
 
     def named(self) -> dict[str, str]:
         """The columns that were given, by role. One given twice is a `UserError`."""
@@ -69,7 +76,11 @@ class FitConfig:
 
     Args:
         data: see `DataConfig`.
-        model: a Hugging Face directory, an artefact, or `minilm` for the one in the extra `starter`.
+        model: a Hugging Face directory, an artefact, `minilm` for the one in the extra `starter`, or, to train from
+            scratch, `lstm` or `gru`.
+        init: where the weights come from: `pretrained`, the model's files; `random`, new ones drawn from `train.seed`
+            for the structure that the model's config.json describes. Default: as the model has weights or not.
+        tokenizer: the one to train on the training text, where the model has none.
         task: the name of a task.
         options: what that task lets one set, such as `max_length`.
         adapt: see `AdaptConfig`.
@@ -79,6 +90,8 @@ class FitConfig:
 
     data: DataConfig
     model: str = "minilm"
+    init: Literal["pretrained", "random"] | None = None
+    tokenizer: TokenizerConfig = TRAINED_TOKENIZER
     task: str = "classify"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     adapt: AdaptConfig = field(default_factory=AdaptConfig)

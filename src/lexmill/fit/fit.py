@@ -34,7 +34,7 @@ from lexmill.evaluate import Evaluation, answered, evaluate, probes
 from lexmill.fit.config import FitConfig
 from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
-from lexmill.fit.prepare import Prepared, fingerprints, held_out, prepare, records, split, tokenized
+from lexmill.fit.prepare import Prepared, examples, fingerprints, held_out, prepare, records
 from lexmill.fit.record import record_inputs
 from lexmill.hardware import describe, device, keep_heap
 from lexmill.models import Model
@@ -122,7 +122,11 @@ def fit(
     prepared = prepare(config, origins)
     for line in (*prepared.columns.lines(), *prepared.report.lines()):
         watch.note(line)
-    begun = start(prepared.model_directory, prepared.task, config.train, watch.note)
+    size = prepared.tokenizer.get_vocab_size()
+    if prepared.trained_tokenizer:
+        watch.note(f"trained a {config.tokenizer.kind} tokenizer of {size:,} tokens on the training text")
+    anew = size if prepared.anew else None
+    begun = start(prepared.model_directory, prepared.task, config.train, watch.note, anew=anew)
     begun.model.to(where)
     if where.type != "cpu":
         watch.note(f"training on {where}: {describe()['cuda']}")
@@ -168,6 +172,7 @@ class _Run:
         with ExitStack() as ending:
             training, start, tracked = self._train(adapted, ending)
             effect = training.effect() | self._finish(adapted) | keeping_effect(start, training) | self._calibrate()
+            effect |= self._began()
             test = self._test()
             if test is not None:
                 tracked.emit({"phase": "test", "step": training.steps, **test.metrics.values})
@@ -193,8 +198,9 @@ class _Run:
         """Also gives where the run is tracked, which is closed at `ending`."""
         prepared, config = self.prepared, self.prepared.config
         self.watch.note("tokenizing")
-        cache = tokenized(prepared)
-        data, held = split(cache, config.data.validation_fraction, config.train.seed)
+        data, held = examples(prepared)
+        if prepared.regroups:
+            self.watch.note(f"{len(data):,} training examples of {data.lengths.mean():.0f} tokens in the mean")
         validating = len(held) > 0 or prepared.sources.validation is not None
         rows = held_out(prepared, held)
         store = Store(self.writer.checkpoints, config.train.keep_checkpoints)
@@ -228,6 +234,13 @@ class _Run:
         self.watch.note(f"tracking by {', '.join(config.track.to)} in {folder}")
         return Fanout(*open_trackers(config.track.to, folder, out.name, settings, last_step=last_step))
 
+    def _began(self) -> dict[str, float]:
+        """What was made for this run that others find ready."""
+        made = {"new_weights": float(self.begun.new)} if self.prepared.anew else {}
+        if self.prepared.trained_tokenizer:
+            made["trained_tokens"] = float(self.prepared.tokenizer.get_vocab_size())
+        return made
+
     def _finish(self, adapted: Adapted) -> dict[str, float]:
         """Write the adapter down and merge it; gives what adapting did. Raises `Failure` where it did nothing."""
         if not adapted.moved():
@@ -249,7 +262,7 @@ class _Run:
         if not prepared.calibrates:
             return {}
         self.watch.note("calibrating on the validation rows")
-        _, held = split(tokenized(prepared), config.data.validation_fraction, config.train.seed)
+        _, held = examples(prepared)
         asked, answers = answered(self._engine(), held_out(prepared, held)())
         task, effect = prepared.task.calibrate(answers, asked)
         self.prepared = replace(prepared, task=task)
@@ -268,7 +281,7 @@ class _Run:
         models.save(self.model, self.writer.path("config.json").parent, labels=only)
         for name, content in self.prepared.task.files(self.model).items():
             self.writer.path(name).write_text(content, "utf-8")
-        source = self.prepared.model_directory
+        source = self.prepared.tokenizer_files
         self.prepared.tokenizer.no_truncation()
         self.prepared.tokenizer.save(str(self.writer.path("tokenizer.json")))
         for name in ("tokenizer_config.json", "special_tokens_map.json"):

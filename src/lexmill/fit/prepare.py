@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from lexmill.data import (
     open_source,
 )  # fmt: skip
 from lexmill.data.check import DataReport, check
-from lexmill.data.tokenizer import fingerprint, load_tokenizer
+from lexmill.data.tokenizer import FILES, fingerprint, load_tokenizer
+from lexmill.data.tokenizer_training import save_tokenizer, train_tokenizer
 from lexmill.errors import UserError
-from lexmill.fit.config import DataConfig, FitConfig
-from lexmill.fit.model import model_directory
+from lexmill.fit.config import TRAINED_TOKENIZER, DataConfig, FitConfig
+from lexmill.fit.model import begins_anew, model_directory
 from lexmill.tasks import Record, Task, Wants, find
 
 
@@ -45,18 +47,32 @@ class Sources:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose input has been looked at and found usable; `max_tokens` is where its task cuts texts, and
-    `calibrates` whether the task learns from validation rows after training."""
+    """A run whose input has been looked at and found usable.
+
+    Args:
+        anew: whether the model gets new weights.
+        tokenizer_files: the directory that the tokenizer is from: the model's, or that of one trained for this run.
+        max_tokens: where its task cuts texts.
+        calibrates: whether the task learns from validation rows after training.
+        regroups: whether training examples are not rows; see `Wants`.
+    """
 
     config: FitConfig
     model_directory: Path
+    anew: bool
+    tokenizer_files: Path
     sources: Sources
     columns: Columns
     report: DataReport
     tokenizer: Tokenizer
     task: Task
     max_tokens: int | None
-    calibrates: bool = False
+    calibrates: bool
+    regroups: bool
+
+    @property
+    def trained_tokenizer(self) -> bool:
+        return self.tokenizer_files != self.model_directory
 
 
 class Subset:
@@ -85,6 +101,7 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     task_type = find(config.task)
     directory = model_directory(config.model)
     options = _options(task_type, directory, config, (origins or {}).get("options", "default"))
+    anew = begins_anew(directory, config.init)
     sources = _open(config.data)
     config.train.check_stopping(validating=sources.validation is not None or config.data.validation_fraction > 0)
     wants = task_type.wants(options)
@@ -95,7 +112,8 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     if wants.labels == "none":
         columns = columns.unlabelled()
     columns = replace(columns, multi_label=columns.multi_label or wants.multi_label)
-    tokenizer = load_tokenizer(directory)
+    files = _tokenizer_files(config, directory, sources.train, columns, anew=anew)
+    tokenizer = load_tokenizer(files)
     report = check(
         sources.train,
         sources.test,
@@ -108,9 +126,35 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     for finding in report.findings:
         if finding.severity == "error":
             raise UserError(finding.message, where=finding.path, hint="; ".join(finding.examples) or None)
-    task = _learn(task_type, sources.train, columns, options)
+    task = _learn(task_type, sources.train, columns, options).for_tokenizer(tokenizer)
     _refuse_nothing_apart(wants, config, report)
-    return Prepared(config, directory, sources, columns, report, tokenizer, task, wants.max_tokens, bool(wants.apart))
+    return Prepared(
+        config, directory, anew, files, sources, columns, report, tokenizer, task, wants.max_tokens, bool(wants.apart),
+        wants.regroups,
+    )  # fmt: skip
+
+
+def _tokenizer_files(config: FitConfig, directory: Path, train: Source, columns: Columns, *, anew: bool) -> Path:
+    """The directory of the model's tokenizer, or of one that is trained on the training text where the model is new and
+    has none. That one is kept beside the token caches: a run that is resumed must have the very same."""
+    has_own = any((directory / name).is_file() for name in FILES)
+    if has_own and config.tokenizer != TRAINED_TOKENIZER:
+        hint = "leave it out, or start from a directory without a tokenizer"
+        raise UserError("the model has a tokenizer already", where="tokenizer", hint=hint)
+    if has_own or not anew:
+        return directory
+    key = cache_key([train], "none", {"tokenizer": asdict(config.tokenizer), "columns": list(columns.texts)})
+    files = cache_folder().parent / "tokenizers" / key
+    if not files.is_dir():
+        texts = (str(row.values[name]) for row in train for name in columns.texts if row.values.get(name) is not None)
+        tokenizer = train_tokenizer(texts, config.tokenizer, fewer=True)
+        files.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=files.parent) as folder:
+            whole = Path(folder) / "tokenizer"
+            whole.mkdir()
+            save_tokenizer(tokenizer, config.tokenizer, whole)
+            whole.rename(files)
+    return files
 
 
 def _refuse_nothing_apart(wants: Wants, config: FitConfig, report: DataReport) -> None:
@@ -156,7 +200,13 @@ def _open(data: DataConfig) -> Sources:
     def one(path: Path | None) -> Source | None:
         if path is None:
             return None
-        return open_source(path, encoding=data.encoding, delimiter=data.delimiter, skip_bad=data.skip_bad)
+        return open_source(
+            path,
+            encoding=data.encoding,
+            delimiter=data.delimiter,
+            skip_bad=data.skip_bad,
+            max_line_bytes=data.max_line_bytes,
+        )
 
     train = one(data.train)
     assert train is not None
@@ -177,7 +227,10 @@ def records(source: Source) -> Iterator[Record]:
 def tokenized(prepared: Prepared) -> TokenCache:
     """The training rows, tokenized once into a memory-mapped cache that later runs on the same rows share."""
     source, task, tokenizer = prepared.sources.train, prepared.task, prepared.tokenizer
-    key = cache_key([source], fingerprint(tokenizer), {"task": task.name, "state": task.state()})
+    held = set(_held_before(prepared).tolist())
+    without = {"held": sorted(held)} if held else {}
+    key = cache_key([source], fingerprint(tokenizer), {"task": task.name, "state": task.state(), **without})
+    rows = (row for i, row in enumerate(source) if i not in held)
 
     def encode(rows: list[Row]) -> list[Example]:
         try:
@@ -187,7 +240,7 @@ def tokenized(prepared: Prepared) -> TokenCache:
                 raise UserError(error.message, where=source.where(rows[0].line), hint=error.hint) from error
         return [example for row in rows for example in encode([row])]
 
-    return build_cache(cache_folder() / key, encode_chunks(source, encode), key)
+    return build_cache(cache_folder() / key, task.regroup(encode_chunks(rows, encode)), key)
 
 
 def cache_folder() -> Path:
@@ -198,11 +251,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lexmill" / "tokens"
 
 
+def examples(prepared: Prepared) -> tuple[Subset, np.ndarray]:
+    """The examples to train on, and the indices of the rows held out for validation."""
+    data = tokenized(prepared)
+    if prepared.regroups:
+        return Subset(data, np.arange(len(data))), _held_before(prepared)
+    return split(data, prepared.config.data.validation_fraction, prepared.config.train.seed)
+
+
 def split(data: TokenCache, fraction: float, seed: int) -> tuple[Subset, np.ndarray]:
     """The examples to train on, and the indices of the `fraction` held out, chosen by `seed` alone."""
-    order = np.random.default_rng(np.random.SeedSequence((seed, len(data)))).permutation(len(data))
-    held = np.sort(order[: round(fraction * len(data))])
-    return Subset(data, np.sort(order[len(held) :])), held
+    held = _choose(len(data), fraction, seed)
+    return Subset(data, np.setdiff1d(np.arange(len(data)), held)), held
+
+
+def _choose(count: int, fraction: float, seed: int) -> np.ndarray:
+    order = np.random.default_rng(np.random.SeedSequence((seed, count))).permutation(count)
+    return np.sort(order[: round(fraction * count)])
+
+
+def _held_before(prepared: Prepared) -> np.ndarray:
+    """The rows held out before examples are made of the others, where an example is not a row."""
+    fraction, rows = prepared.config.data.validation_fraction, prepared.report.train.rows
+    if not fraction or not prepared.regroups:
+        return np.zeros(0, np.int64)
+    held = _choose(rows, fraction, prepared.config.train.seed)
+    if not 0 < len(held) < rows:
+        hint = "give another share, or a file with --validation"
+        raise UserError(f"holds out {len(held)} of {rows} texts", where="data.validation_fraction", hint=hint)
+    return held
 
 
 def held_out(prepared: Prepared, held: np.ndarray) -> Callable[[], Iterator[Record]]:

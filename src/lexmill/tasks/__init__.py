@@ -4,6 +4,7 @@ from lexmill.tasks.base import Metrics, Record, Task, Wants, find, register
 from lexmill.tasks.classify import Classify
 from lexmill.tasks.embed import Embed
 from lexmill.tasks.generate import Generate
+from lexmill.tasks.pretrain import Pretrain
 from lexmill.tasks.rank import Rank
 from lexmill.tasks.seq2seq import Seq2Seq
 
@@ -12,6 +13,7 @@ __all__ = [
     "Embed",
     "Generate",
     "Metrics",
+    "Pretrain",
     "Rank",
     "Record",
     "Seq2Seq",

@@ -7,13 +7,14 @@ know tasks only through this class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
+from jaxtyping import UInt64
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -54,6 +55,7 @@ class Wants:
         multi_label: a record may have several labels.
         max_tokens: longer texts are cut, and the data check says how many.
         apart: labels that no training row need have; validation rows must have each, and `calibrate` learns from them.
+        regroups: training examples are not single records: `Task.regroup` makes them of several, or of parts.
     """
 
     labels: Literal["class", "value", "none"] = "class"
@@ -61,6 +63,7 @@ class Wants:
     multi_label: bool = False
     max_tokens: int | None = None
     apart: tuple[str, ...] = ()
+    regroups: bool = False
 
 
 class Task(ABC):
@@ -109,6 +112,11 @@ class Task(ABC):
             UserError: where the records cannot train this task, e.g. with one class only.
         """
 
+    def for_tokenizer(self, tokenizer: Tokenizer) -> Self:
+        """This task, knowing what it must of its model's tokenizer, e.g. the id of a special token; `state` keeps it.
+        Raises `UserError` where the tokenizer lacks it."""
+        return self
+
     @classmethod
     @abstractmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -129,6 +137,18 @@ class Task(ABC):
     @abstractmethod
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
         """Tokenize records. With `labelled`, their labels too; a label unknown to the task is a `UserError`."""
+
+    def regroup(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """What is trained on in place of one example a record, e.g. texts run together and cut into blocks."""
+        return iter(examples)
+
+    def draw(self, batch: Batch, keys: UInt64[np.ndarray, "example"]) -> Batch:
+        """The batch as it is trained on this time, where something of it is drawn anew each epoch, e.g. what is hidden.
+
+        Args:
+            keys: one an example: a function of the run's seed, the epoch and the example's index alone.
+        """
+        return batch
 
     # --- the model --------------------------------------------------------------------------------------------
     @abstractmethod

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lexmill.data.batch import Batch
+from lexmill.data.draws import keys
 from lexmill.data.order import BalancedOrder, Order
 from lexmill.data.packing import micro_batches
 from lexmill.errors import Failure, UserError
@@ -244,7 +245,8 @@ class Trainer:
 
     def _batches(self, step: int) -> list[Batch]:
         cut = micro_batches(self.order.batch(step), self.data.lengths, self.config.token_budget)
-        return [self.data.batch(indices) for indices in cut]
+        epoch = step // self.order.steps_per_epoch
+        return [self.task.draw(self.data.batch(part), keys(part, self.config.seed, epoch)) for part in cut]
 
     def _between_steps(self, emit: Callable[[Mapping[str, Any]], None]) -> None:
         step, epoch_end = self.progress.step, self.progress.step % self.order.steps_per_epoch == 0

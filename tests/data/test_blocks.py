@@ -1,0 +1,55 @@
+"""Documents run together: every token once, in order, in blocks of one length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lexmill.data.batch import IGNORE, Example, Tokens
+from lexmill.data.blocks import run_together
+
+
+def documents(lengths: list[int]) -> list[Example]:
+    ends = np.cumsum(lengths)
+    return [
+        Example(
+            {"source": (Tokens(np.arange(end - length, end)),)},
+            token_labels={"word": np.arange(end - length, end) % 3},
+        )
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(4, 16), st.booleans())
+def test_blocks_hold_every_token_in_order_and_only_the_last_is_short(lengths, size, marked) -> None:
+    first = (-1,) if marked else ()
+    blocks = [
+        (b.streams["source"][0].ids, b.token_labels["word"]) for b in run_together(documents(lengths), size, first)
+    ]
+    assert [len(ids) for ids, _ in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert len(blocks[-1][0]) <= size
+    assert all(ids[: len(first)].tolist() == list(first) for ids, _ in blocks)
+    assert all(words[: len(first)].tolist() == [IGNORE] * len(first) for _, words in blocks)
+    assert np.concatenate([ids[len(first) :] for ids, _ in blocks]).tolist() == list(range(sum(lengths)))
+    assert np.concatenate([words[len(first) :] for _, words in blocks]).tolist() == [i % 3 for i in range(sum(lengths))]
+
+
+def test_documents_are_read_as_blocks_are_wanted() -> None:
+    read = []
+
+    def stream():
+        for example in documents([10] * 100):
+            read.append(1)
+            yield example
+
+    blocks = run_together(stream(), 8)
+    for _ in range(3):
+        next(blocks)
+    assert len(read) <= 3
+
+
+def test_blocks_without_room_are_a_defect() -> None:
+    with pytest.raises(ValueError, match="no room"):
+        next(run_together(documents([3]), 1, (9,)))

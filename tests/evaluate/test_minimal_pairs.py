@@ -21,7 +21,7 @@ PAIRS = [
 
 def test_accuracy_is_the_share_of_pairs_whose_good_sentence_is_likelier() -> None:
     model = tiny_llama().eval()
-    task = Pretrain.from_records([], {"text": "text"}, PretrainOptions()).for_tokenizer(tokenizer())
+    task = Pretrain.from_records([], {"text": "text"}, PretrainOptions(max_length=128)).for_tokenizer(tokenizer())
     torch.manual_seed(1)
     task.attach(model)
     found = minimal_pairs(TorchEngine(Loaded(task, model, tokenizer())), PAIRS)

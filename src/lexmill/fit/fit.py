@@ -258,7 +258,7 @@ class _Run:
 
     def _calibrate(self) -> dict[str, float]:
         """Let the task learn from the answers to the validation rows, where it does; gives what that did."""
-        prepared, config = self.prepared, self.prepared.config
+        prepared = self.prepared
         if not prepared.calibrates:
             return {}
         self.watch.note("calibrating on the validation rows")

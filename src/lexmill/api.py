@@ -57,7 +57,7 @@ def fit(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    column: Mapping[str, str] | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -77,7 +77,7 @@ def fit(
         config: a recipe in TOML.
         model: a Hugging Face directory, an artefact, or `minilm`.
         test: rows to evaluate on at the end; `validation`: rows to pick the best epoch by.
-        text, text_pair, label: columns; guessed otherwise. `columns` names those of other roles, e.g. `question`.
+        text, text_pair, label: columns; guessed otherwise. `column` names others by role, e.g. `question`.
         set: any other key of the config, e.g. `{"train.warmup": 0.1}`.
         resume: go on with an interrupted run.
         watch: who follows the run; nobody by default.
@@ -92,7 +92,7 @@ def fit(
     flags: dict[str, Any] = {
         "data.train": train, "data.test": test, "data.validation": validation, "data.text": text,
         "data.text_pair": text_pair, "data.label": label,
-        "data.columns": dict(columns) if columns else None, "data.encoding": encoding,
+        "data.columns": dict(column) if column else None, "data.encoding": encoding,
         "data.skip_bad": True if skip_bad else None, "task": task, "model": model, "train.epochs": epochs,
         "train.batch_size": batch_size, "train.learning_rate": learning_rate, "train.seed": seed,
         "options.max_length": max_length,
@@ -375,7 +375,7 @@ def label(
     *,
     out: Path | str,
     min_score: float = 0.9,
-    others: Sequence[Path | str] = (),
+    others: Sequence[Path | str] | None = None,
     encoding: str = "utf-8",
     skip_bad: bool = False,
 ) -> dict[str, Any]:
@@ -391,7 +391,7 @@ def label(
     """
     from lexmill.learn.pseudo import label
 
-    model = load(artifact, others=others)
+    model = load(artifact, others=others or ())
     return label(model.engine, Path(data), Path(out), min_score, encoding=encoding, skip_bad=skip_bad)
 
 
@@ -429,7 +429,7 @@ def evaluate(
     data: Path | str,
     *,
     adapter: str | None = None,
-    others: Sequence[Path | str] = (),
+    others: Sequence[Path | str] | None = None,
     encoding: str = "utf-8",
     skip_bad: bool = False,
     report: Path | str | None = None,
@@ -446,7 +446,7 @@ def evaluate(
     Raises:
         UserError: with `file:line` for a row that cannot be scored, e.g. for a label that training never saw.
     """
-    return load(artifact, others=others).evaluate(
+    return load(artifact, others=others or ()).evaluate(
         data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
     )
 

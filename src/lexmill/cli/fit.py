@@ -46,7 +46,7 @@ def fit(
         raise UserError("where should the artefact go?", where="command line", hint="give --out runs/NAME")
     result = api.fit(
         train, out=out, config=config, task=task, model=model, test=test, validation=validation, text=text,
-        text_pair=text_pair, label=label, columns=output.columns(column), epochs=epochs, batch_size=batch_size,
+        text_pair=text_pair, label=label, column=output.columns(column), epochs=epochs, batch_size=batch_size,
         learning_rate=learning_rate, max_length=max_length, seed=seed, encoding=encoding, skip_bad=skip_bad,
         set=set_ or [], resume=resume, watch=output.watch(quiet=quiet or json),
     )  # fmt: skip

@@ -52,7 +52,7 @@ def label(
     data: Annotated[Path, typer.Argument(help="Rows without labels.")],
     out: Annotated[Path, typer.Option(help="JSON lines to write; must not exist.")],
     min_score: Annotated[float, typer.Option(help="Leave out rows of which the model is less sure.")] = 0.9,
-    with_: Annotated[
+    others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
@@ -63,7 +63,7 @@ def label(
     from lexmill import api
 
     found = api.label(
-        artifact, data, out=out, min_score=min_score, others=with_ or (), encoding=encoding, skip_bad=skip_bad
+        artifact, data, out=out, min_score=min_score, others=others or (), encoding=encoding, skip_bad=skip_bad
     )
     said = f"{found['labelled']:,} of {found['rows']:,} rows labelled, {len(found['labels']):,} labels; wrote {out}"
     output.show(found if json else [said], json=json)

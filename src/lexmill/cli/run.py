@@ -15,7 +15,7 @@ def evaluate(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
     data: Annotated[Path, typer.Argument(help="Labelled rows.")],
     adapter: Annotated[str | None, typer.Option(help="Which answers, where the artefact has several.")] = None,
-    with_: Annotated[
+    others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
@@ -32,7 +32,7 @@ def evaluate(
             artifact,
             data,
             adapter=adapter,
-            others=with_ or (),
+            others=others or (),
             encoding=encoding,
             skip_bad=skip_bad,
             report=report,
@@ -69,7 +69,7 @@ def predict(
     column: Annotated[
         list[str] | None, typer.Option(metavar="ROLE=COLUMN", help="Any other column; may be repeated.")
     ] = None,
-    with_: Annotated[
+    others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
@@ -79,7 +79,7 @@ def predict(
     from lexmill.cli.predict import predict
 
     columns = {"text": text, "text_pair": text_pair, **output.columns(column)}
-    members = [artifact, *(with_ or ())]
+    members = [artifact, *(others or ())]
     predict(members, data, out, columns, adapter=adapter, encoding=encoding, skip_bad=skip_bad)
 
 

@@ -5,6 +5,8 @@ Every function imports its room in its own body, so that looking at data costs n
 
 from __future__ import annotations
 
+import queue
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from lexmill.errors import UserError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from lexmill.artifact import Artifact
     from lexmill.artifact.gguf import Imported
     from lexmill.data import Source
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from lexmill.evaluate import Comparison, Evaluation
     from lexmill.fit import FitResult, Watch
     from lexmill.learn import SearchResult, Space
+    from lexmill.tasks import Task
     from lexmill.verify import Verification
 
 __all__ = [
@@ -244,25 +249,63 @@ class OpenArtifact:
         Raises:
             UserError: where the texts or options are not what the task takes.
         """
-        from pydantic import ValidationError
-
         task = self.engine.task_for(adapter)
         if not texts:
             return []
-        try:
-            request = task.Request.model_validate({next(iter(task.Request.model_fields)): list(texts), **options})
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"]))
-            raise UserError(
-                fault["msg"], where=where, hint=f"it takes: {', '.join(task.Request.model_fields)}"
-            ) from error
+        request = self._request(task, texts, options)
         answers: list[dict[str, Any]] = []
         for _, answer in self.engine.run_stream(task.items(request), adapter=adapter):
             if isinstance(answer, Exception):
                 raise answer
             answers.append(task.render(answer, request))
         return answers
+
+    def stream(self, text: Any, **options: Any) -> Iterator[str]:
+        """One answer in pieces, as they are written. It is written no further once the iterator is closed.
+
+        Raises:
+            UserError: as `predict`; or where the answers of this task come all at once.
+        """
+        from lexmill.engine import Request
+
+        task = self.engine.task
+        [record] = task.items(self._request(task, [text], options))
+        pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+        closed = threading.Event()
+
+        def hear(piece: str) -> bool:
+            pieces.put(piece)
+            return not closed.is_set()
+
+        def speak() -> None:
+            try:
+                [answer] = self.engine.run([Request(record, hear=hear)])
+            except Exception as fault:  # noqa: BLE001 - raised where the pieces are asked for
+                answer = fault
+            pieces.put(answer if isinstance(answer, Exception) else None)
+
+        speaking = threading.Thread(target=speak, name="lexmill-stream", daemon=True)
+        speaking.start()
+        try:
+            while isinstance(piece := pieces.get(), str):
+                yield piece
+            if piece is not None:
+                raise piece
+        finally:
+            closed.set()
+            speaking.join()
+
+    @staticmethod
+    def _request(task: Task, texts: Sequence[Any], options: Mapping[str, Any]) -> BaseModel:
+        from pydantic import ValidationError
+
+        schema = task.Request
+        try:
+            return schema.model_validate({next(iter(schema.model_fields)): list(texts), **options})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise UserError(fault["msg"], where=where, hint=f"it takes: {', '.join(schema.model_fields)}") from error
 
     def evaluate(
         self,

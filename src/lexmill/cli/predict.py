@@ -6,7 +6,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -108,8 +108,9 @@ def _answers(
         if role not in inputs and columns[role] is not None:
             hint = f"this model reads: {', '.join(inputs)}"
             raise UserError(f"the model reads no '{role}'", where="command line", hint=hint)
+    blank = {role.name for role in engine.task.roles if role.blank}
     for rows in groups:
-        records = [_renamed(row, inputs, columns, where) for row in rows]
+        records = [_renamed(row, inputs, columns, blank, where) for row in rows]
         lines: list[str] = []
         for row, (record, answer) in zip(
             rows, engine.run_stream(records, chunk=len(records), adapter=adapter), strict=True
@@ -118,18 +119,24 @@ def _answers(
                 raise UserError(answer.message, where=where(row.line), hint=answer.hint) from answer
             if isinstance(answer, Exception):
                 raise answer
-            shown = {name: record[name] for name in inputs.values()}
+            shown = {name: record[name] for name in inputs.values() if name in record}
             lines.append(json.dumps({**shown, **task.render(answer)}, ensure_ascii=False) + "\n")
         yield lines
 
 
 def _renamed(
-    row: Row, inputs: Mapping[str, str], columns: Mapping[str, str | None], where: Callable[[int], str]
+    row: Row,
+    inputs: Mapping[str, str],
+    columns: Mapping[str, str | None],
+    blank: Collection[str],
+    where: Callable[[int], str],
 ) -> dict[str, Any]:
     """The record under the column names that the task was trained with."""
     record = dict(row.values)
     for role, name in inputs.items():
         given = columns.get(role) or (name if name in record else role)
+        if given not in record and role in blank and not columns.get(role):
+            continue
         if given not in record:
             hint = f"it has: {', '.join(record)}; name one with {flag(role)}"
             raise UserError(f"no column '{columns.get(role) or name}'", where=where(row.line), hint=hint)

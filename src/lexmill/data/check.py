@@ -206,6 +206,7 @@ class _Scan:
         self._empty = _Tally()
         self._long_chars = _Tally()
         self._long_tokens = _Tally()
+        self._needed = [column for column in columns.texts if column not in columns.may_be_empty]
         self._unlabelled = {column: _Tally() for column in columns.labels}
         self._uncounted = {column: _Tally() for column in columns.labels}
         self._limits: tuple[int, int | None] = (0, None)
@@ -221,8 +222,8 @@ class _Scan:
                 self._count_tokens(chunk, texts, tokenizer)
 
     def _texts(self, row: Row) -> tuple[str, ...]:
-        values = (row.values.get(column) for column in self.columns.texts)
-        return tuple(_plain(value) for value in values)
+        values = ((column, _plain(row.values.get(column))) for column in self.columns.texts)
+        return tuple(value for column, value in values if value.strip() or column not in self.columns.may_be_empty)
 
     def where(self, row: Row) -> str:
         return self.source.where(row.line)
@@ -234,7 +235,7 @@ class _Scan:
         self._chars.append(chars)
         filled = all(part.strip() for part in parts)
         self._hashes += hashlib.blake2b(_joined(parts), digest_size=16).digest() if filled else bytes(16)
-        missing = next((column for column in self.columns.texts if row.values.get(column) is None), None)
+        missing = next((name for name in self._needed if row.values.get(name) is None), None)
         if missing is not None:
             self._missing.add(f"{self.where(row)}: no '{missing}'")
         elif not filled:

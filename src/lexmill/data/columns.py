@@ -33,6 +33,9 @@ class Role:
         input: whether a model is given it; otherwise it is what the model learns to say.
         required: whether there is no training without it.
         shape: how it is guessed where no name fits: the column with the longest texts, or one with few distinct values.
+        blank: whether a row may leave it empty.
+        unless: it is not looked for where a column of one of these roles was found.
+        beside: it is looked for only where there are columns of all these roles, given or by their names.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Role:
     input: bool = True
     required: bool = True
     shape: Literal["text", "label"] | None = None
+    blank: bool = False
+    unless: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 TEXT_AND_LABEL = (
@@ -59,12 +65,14 @@ class Columns(Mapping[str, str]):
         how: per role, how its column was found, for people.
         multi_label: whether the label columns hold lists of labels.
         inputs: the roles that make up the text.
+        blank: those of them that a row may leave empty.
     """
 
     roles: Mapping[str, str]
     how: Mapping[str, str]
     multi_label: bool = False
     inputs: tuple[str, ...] = ("text", "text_pair")
+    blank: tuple[str, ...] = ()
 
     def __getitem__(self, role: str) -> str:
         return self.roles[role]
@@ -81,6 +89,11 @@ class Columns(Mapping[str, str]):
         return tuple(self.roles[role] for role in self.inputs if role in self.roles)
 
     @property
+    def may_be_empty(self) -> tuple[str, ...]:
+        """The columns of `texts` that a row may leave empty."""
+        return tuple(self.roles[role] for role in self.blank if role in self.roles)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The label columns; none where the data has no labels."""
         return tuple(column for role, column in self.roles.items() if role == "label" or role.startswith("label."))
@@ -88,7 +101,7 @@ class Columns(Mapping[str, str]):
     def unlabelled(self) -> Columns:
         """Without the label columns."""
         roles = {role: column for role, column in self.roles.items() if column not in self.labels}
-        return Columns(roles, {role: self.how[role] for role in roles}, inputs=self.inputs)
+        return Columns(roles, {role: self.how[role] for role in roles}, inputs=self.inputs, blank=self.blank)
 
     def lines(self) -> list[str]:
         """For people: a line a role."""
@@ -130,6 +143,10 @@ def guess(
     for role in roles:
         if any(taken.partition(".")[0] == role.name for taken in found):
             continue
+        if any(other in found for other in role.unless) or not all(
+            _named(other, roles, found, seen) for other in role.beside
+        ):
+            continue
         free = [name for name in seen if name not in found.values()]
         if role.shape == "text":
             stringy = [name for name in free if columns[name] and all(isinstance(v, str) for v in columns[name])]
@@ -145,7 +162,19 @@ def guess(
             raise UserError(f"no column looks like {like}", where="columns", hint=hint)
     chosen = [column for role, column in found.items() if role.partition(".")[0] == "label"]
     multi = any(isinstance(row.values.get(column), list) for row in rows for column in chosen)
-    return Columns(found, how, multi, tuple(role.name for role in roles if role.input))
+    return Columns(
+        found,
+        how,
+        multi,
+        tuple(role.name for role in roles if role.input),
+        tuple(role.name for role in roles if role.blank),
+    )
+
+
+def _named(name: str, roles: Sequence[Role], found: Mapping[str, str], seen: Sequence[str]) -> bool:
+    """Whether there is a column for this role, found already or by its name."""
+    names = {one for role in roles if role.name == name for one in role.names}
+    return name in found or any(_plain(column) in names for column in seen)
 
 
 def find_columns(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lexmill.tasks.base import Record, Task
+from lexmill.tasks.base import Hear, Record, Task
 
 
 class Expired(Exception):
@@ -37,6 +37,7 @@ class Request:
         adapter: which adapter, where the artefact has several over its trunk; none where None.
         deadline: `time.monotonic()` after which the answer is of no use.
         cancel: set when the caller has gone.
+        hear: is told the answer in pieces while it comes into being, in the thread of the engine.
     """
 
     record: Record
@@ -45,6 +46,7 @@ class Request:
     adapter: str | None = None
     deadline: float | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
+    hear: Hear | None = None
 
 
 @dataclass(frozen=True)

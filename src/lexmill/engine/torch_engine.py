@@ -16,7 +16,7 @@ from lexmill.engine.base import Cancelled, Expired, Request, Work
 from lexmill.engine.loaded import Loaded, load
 from lexmill.engine.mixed import batches_by_adapter
 from lexmill.errors import UserError
-from lexmill.tasks.base import Record, Task
+from lexmill.tasks.base import Hear, Record, Task
 
 CPU_TOKEN_BUDGET = 2048
 """Best of 256 to 8192 for MiniLM on two cores: beyond it activations leave the cache, below it matrices get small."""
@@ -82,7 +82,8 @@ class TorchEngine:
         records = [request.record for request in asked]
         adapters = [request.adapter for request in asked]
         examples = self._encode_by_adapter(records, adapters)
-        found = self._compute(examples, records, adapters, lambda i: self._refusal(asked[i]))
+        hear = [request.hear for request in asked]
+        found = self._compute(examples, records, adapters, lambda i: self._refusal(asked[i]), hear)
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
         return answers
@@ -135,6 +136,7 @@ class TorchEngine:
         records: Sequence[Record],
         adapters: Sequence[str | None],
         refusal: Callable[[int], Exception | None] | None = None,
+        hear: Sequence[Hear | None] | None = None,
     ) -> list[Any]:
         """Answers in the order of `examples`. `refusal` is asked again before each forward pass, since time goes by."""
         answers: list[Any] = [example if isinstance(example, Exception) else None for example in examples]
@@ -144,21 +146,27 @@ class TorchEngine:
                 for i in part:
                     answers[i] = refusal(i)
             due = [i for i in part if answers[i] is None]
-            found = _isolated(self._forward, [(examples[i], records[i], adapters[i]) for i in due])
+            heard = [None if hear is None else hear[i] for i in due]
+            items = [(examples[i], records[i], adapters[i], told) for i, told in zip(due, heard, strict=True)]
+            found = _isolated(self._forward, items)
             for i, answer in zip(due, found, strict=True):
                 answers[i] = answer
         return answers
 
     @torch.inference_mode()
-    def _forward(self, items: Sequence[tuple[Any, Record, str | None]]) -> list[Any]:
+    def _forward(self, items: Sequence[tuple[Any, Record, str | None, Hear | None]]) -> list[Any]:
         answers: list[Any] = [None] * len(items)
-        parts = batches_by_adapter(self._loaded.model, [one for one, _, _ in items], [name for _, _, name in items])
+        parts = batches_by_adapter(self._loaded.model, [one[0] for one in items], [one[2] for one in items])
         done = self._work.tokens + sum(batch.num_tokens for _, batch in parts.values())
         self._work = Work(done, done)
         for adapter, (own, batch) in parts.items():
             loaded = self._loaded.of(adapter)
             with loaded.acting() as model:
-                found = loaded.task.answer(model, batch, [items[i][1] for i in own], loaded.tokenizer)
+                records, hear = [items[i][1] for i in own], [items[i][3] for i in own]
+                if any(hear):
+                    found = loaded.task.speak(model, batch, records, loaded.tokenizer, hear)
+                else:
+                    found = loaded.task.answer(model, batch, records, loaded.tokenizer)
             for i, answer in zip(own, found, strict=True):
                 answers[i] = answer
         return answers

@@ -34,7 +34,7 @@ from lexmill.evaluate import Evaluation, answered, evaluate, probes
 from lexmill.fit.config import FitConfig
 from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
-from lexmill.fit.prepare import Prepared, examples, fingerprints, held_out, prepare, records
+from lexmill.fit.prepare import Prepared, asked, examples, fingerprints, held_out, prepare, records
 from lexmill.fit.record import record_inputs
 from lexmill.hardware import describe, device, keep_heap
 from lexmill.models import Model
@@ -131,6 +131,7 @@ def fit(
     if where.type != "cpu":
         watch.note(f"training on {where}: {describe()['cuda']}")
     check_vocabulary(prepared.tokenizer, begun.model.config.vocab_size, where=str(prepared.model_directory))
+    prepared = asked(prepared, begun.model)
     with create(out, resume=resume) as writer:
         if writer.manifest is None:
             data = fingerprints(prepared)

@@ -33,6 +33,7 @@ from lexmill.data.tokenizer_training import save_tokenizer, train_tokenizer
 from lexmill.errors import UserError
 from lexmill.fit.config import TRAINED_TOKENIZER, DataConfig, FitConfig
 from lexmill.fit.model import begins_anew, model_directory
+from lexmill.models import Model
 from lexmill.tasks import Record, Task, Wants, find
 
 
@@ -222,6 +223,13 @@ def _open(data: DataConfig) -> Sources:
 def records(source: Source) -> Iterator[Record]:
     """The rows of a source without their lines."""
     return (row.values for row in source)
+
+
+def asked(prepared: Prepared, model: Model) -> Prepared:
+    """The task having asked the starting model what it wants to remember of it."""
+    parts = (prepared.sources.train, prepared.sources.validation, prepared.sources.test)
+    rows = (row.values for source in parts if source is not None for row in source)
+    return replace(prepared, task=prepared.task.before(model, rows, prepared.tokenizer))
 
 
 def tokenized(prepared: Prepared) -> TokenCache:

@@ -15,6 +15,7 @@ from lexmill.metrics.classification import (
 )
 from lexmill.metrics.compare import Difference, mcnemar, paired_bootstrap
 from lexmill.metrics.correlation import pearson, products, ranks, spearman
+from lexmill.metrics.diversity import distinct
 from lexmill.metrics.intervals import (
     Interval,
     accuracy_interval,
@@ -48,6 +49,7 @@ __all__ = [
     "confusion",
     "count",
     "count_multilabel",
+    "distinct",
     "exact_match",
     "expected_calibration_error",
     "f1",

@@ -2,8 +2,9 @@
 
 from lexmill.models.backbone import Transformer
 from lexmill.models.config import LayerOverride, ModelConfig
+from lexmill.models.decoding import Sampling
 from lexmill.models.encoder_decoder import EncoderDecoder, Memory
-from lexmill.models.generate import Generated, greedy
+from lexmill.models.generate import Generated, generate, greedy
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LanguageShape, LMHead, register_head
 from lexmill.models.io import (
     digest,
@@ -37,10 +38,12 @@ __all__ = [
     "Recurrent",
     "RecurrentConfig",
     "Said",
+    "Sampling",
     "Structure",
     "Transformer",
     "Trunk",
     "digest",
+    "generate",
     "greedy",
     "head_tensors",
     "init",

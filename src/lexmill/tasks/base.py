@@ -7,7 +7,7 @@ know tasks only through this class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,6 +27,9 @@ from lexmill.tasks.inputs import Arrange, packed
 
 Record = Mapping[str, Any]
 """One row of data, by column name."""
+
+Hear = Callable[[str], bool]
+"""Is told the next piece of an answer; False where nobody listens any more, and the answer may end."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Task(ABC):
         Raises `UserError` where the tokenizer lacks it."""
         return self
 
+    def before(self, model: Model, records: Iterator[Record], tokenizer: Tokenizer) -> Self:
+        """This task, having asked the model that training starts from about all labelled rows, those of validation and
+        test too, before the model changes. Most tasks have nothing to ask, and do not read the rows."""
+        return self
+
     @classmethod
     @abstractmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -202,6 +210,24 @@ class Task(ABC):
         """How good each answer is by itself, higher being better, NaN where its record says nothing of that. 0 and 1
         alone mean wrong and right. None where answers are good or bad only together."""
         return None
+
+    def speak(
+        self,
+        model: Model,
+        batch: Batch,
+        records: Sequence[Record],
+        tokenizer: Tokenizer,
+        hear: Sequence[Hear | None],
+    ) -> list[Any]:
+        """`answer`, telling who wants to hear it what an answer says while it comes into being.
+
+        Args:
+            hear: one a record; None where nobody listens.
+
+        Raises:
+            UserError: this task's answers come all at once.
+        """
+        raise UserError(f"the answers of '{self.name}' come all at once", where="stream", hint="leave it out")
 
     @abstractmethod
     def render(self, answer: Any, request: BaseModel | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lexmill.monitor import ServingMetrics
 from lexmill.serve.http.errors import HANDLERS, ErrorBody, UnknownModel
 from lexmill.serve.http.limits import BodyLimit, Limits
 from lexmill.serve.http.metrics import QueueDepth, Timed, batches_of
+from lexmill.serve.http.stream import stream
 from lexmill.tasks.base import Task
 
 A = TypeVar("A", bound=BaseModel)
@@ -115,6 +116,10 @@ def _ask(
         items = _items(batcher.engine, body, adapter)
         if len(items) > limits.items:
             raise UserError(f"the request holds {len(items)} items, more than {limits.items}", hint="send several")
+        if getattr(body, "stream", False):
+            return stream(
+                batcher, items, lambda answers: _rendered(name, batcher.engine, items, answers, body), timeout
+            )
         answers = await _answers(batcher, items, http, timeout)
         content = await asyncio.to_thread(_rendered, name, batcher.engine, items, answers, body)
         return Response(content, media_type="application/json")

@@ -19,6 +19,9 @@ CLIENT_GONE = 499
 """The status nginx logs for a caller that went away; nobody receives it."""
 
 
+_EXPIRED, _EXPIRED_HINT = "no answer within the request's timeout", "raise `timeout`, or ask for fewer items"
+
+
 class Fault(BaseModel):
     """What was wrong, where, and what would be right."""
 
@@ -48,6 +51,18 @@ def error_response(
     return JSONResponse(body.model_dump(), status, headers)
 
 
+def described(fault: BaseException) -> dict[str, Any]:
+    """An error that comes after the response has begun, in the shape of all others."""
+    match fault:
+        case UserError():
+            body = Fault(message=fault.message, where=fault.where, hint=fault.hint)
+        case Expired():
+            body = Fault(message=_EXPIRED, hint=_EXPIRED_HINT)
+        case _:
+            body = Fault(message="the server failed", hint="its log holds the traceback")
+    return ErrorBody(error=body).model_dump()
+
+
 async def _bad_input(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UserError)
     status = 404 if isinstance(error, UnknownModel) else 422
@@ -60,7 +75,7 @@ async def _overloaded(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _expired(_: Request, error: Exception) -> JSONResponse:
-    return error_response(504, "no answer within the request's timeout", hint="raise `timeout`, or ask for fewer items")
+    return error_response(504, _EXPIRED, hint=_EXPIRED_HINT)
 
 
 async def _gone(_: Request, error: Exception) -> JSONResponse:

@@ -177,7 +177,7 @@ MODEL: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda path: edit(path / "config.json", lambda c: c.update(hidden_act=[])),
         ("config.json", "hidden_act", "can be: gelu"),
     ),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), ("base", "no model.safetensors")),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), ("base", "no weights to start from", "init")),
     "pickled weights": (
         lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
         ("base", "pytorch_model.bin is a pickle", "convert it to safetensors"),

@@ -223,7 +223,7 @@ SETTINGS = [
     ),
     Bad("missing recipe", "train.jsonl --config no.toml", ("no.toml", "cannot read the config")),
     Bad("nothing to train on", "", ("'data.train' is not set", "--set data.train=")),
-    Bad("unknown task", "train.jsonl --task clasify", ("unknown task 'clasify'", "classify, generate")),
+    Bad("unknown task", "train.jsonl --task clasify", ("unknown task 'clasify'", "known tasks: ", "classify, ")),
     Bad(
         "early stopping without validation",
         "train.jsonl --set train.patience=2",

@@ -22,7 +22,7 @@ def test_preferences_are_learnt_against_the_starting_model(shared_data: Path, tm
     model = stored(tiny_llama(), tmp_path / "model")
     data = DataConfig(train, test=train, validation_fraction=0.25)
     training = TrainConfig(epochs=4, batch_size=4, learning_rate=3e-3)
-    config = FitConfig(data, str(model), "generate", options={"max_length": 80, "beta": 0.5}, train=training)
+    config = FitConfig(data, str(model), task="generate", options={"max_length": 80, "beta": 0.5}, train=training)
     result = fit(config, tmp_path / "out")
     assert result.test is not None
     assert result.artifact.manifest.metrics["test"]["reward_margin"].value > 0.3

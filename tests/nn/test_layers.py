@@ -10,6 +10,7 @@ from lexmill.errors import UserError
 from lexmill.nn import MLP, Dense, Embedding, KVCache, LayerNorm, Linear, Packed, RMSNorm, RopeScaling, Rotary, pool
 from lexmill.nn import linear as kinds
 from lexmill.nn.matmul import fitting_rows
+from lexmill.nn.mlp import ACTIVATIONS
 from lexmill.nn.rotary import frequencies, rotate
 
 
@@ -76,6 +77,23 @@ def test_gated_mlp_multiplies_by_its_gate(activation):
     assert gated.gate is not None
     torch.testing.assert_close(gated(x), gated.down(act(gated.gate(x)) * gated.up(x)))
     assert gated.up.bias is None
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_feed_forward_layer_says_the_same_with_and_without_gradients(activation, gated):
+    mlp = MLP(24, 40, activation, gated=gated)
+    x = torch.randn(32, 24)
+    wanted = mlp(x)
+    with torch.no_grad():
+        found = mlp(x)
+        seen = []
+        layer = mlp.up if mlp.gate is None else mlp.gate
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+        again = mlp(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again, wanted, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
 
 
 def test_sparse_embedding_gradient_has_only_the_rows_seen():

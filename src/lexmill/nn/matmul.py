@@ -38,16 +38,35 @@ def fitting_rows(rows: int, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product is the one to take."""
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2
+    if not plain or len(x) < _FEWEST_ROWS or torch.is_autocast_enabled("cpu") or not _onednn_is_faster():
+        return False
+    return not torch.compiler.is_compiling()
+
+
 def linear(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
 ) -> Float[Tensor, "*rows out"]:
     """What `F.linear` computes, to within rounding."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2
-    if not plain or len(x) < _FEWEST_ROWS or torch.is_autocast_enabled("cpu") or not _onednn_is_faster():
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():
+    if not _fits(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+
+
+FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
+"""Activations that oneDNN applies to a product on the way, and what it calls them."""
+
+
+def activated(
+    x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None, activation: str
+) -> Float[Tensor, "*rows out"] | None:
+    """An activation of what `linear` gives, in one sweep; None where that takes two, or a gradient is wanted."""
+    if activation not in FUSED or torch.is_grad_enabled() or not _fits(x, weight):
+        return None
+    name, kind = FUSED[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], kind)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

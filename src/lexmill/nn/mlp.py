@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexmill.nn.linear import Linear
+from lexmill.nn.matmul import activated
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
@@ -33,7 +34,11 @@ class MLP(nn.Module):
         self.down = Linear(width, dim, bias=bias, role="row")
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        act = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return self.down(act(self.up(x)))
-        return self.down(act(self.gate(x)) * self.up(x))
+            return self.down(self._activated(self.up, x))
+        return self.down(self._activated(self.gate, x) * self.up(x))
+
+    def _activated(self, layer: Linear, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
+        dense = type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+        found = activated(x, layer.weight, layer.bias, self.activation) if dense else None
+        return ACTIVATIONS[self.activation](layer(x)) if found is None else found

@@ -75,6 +75,8 @@ SETS: dict[str, tuple[Callable[[int, float | None], FitConfig], float | None]] =
     "chnsenticorp": (of_recipe("chnsenticorp", e5=True), None),
     "finfe": (of_recipe("finfe", e5=True), None),
     "stsb": (of_recipe("stsb"), None),
+    "policyqa": (of_recipe("policyqa"), None),
+    "cmrc2018": (of_recipe("cmrc2018", e5=True), None),
 }
 
 
@@ -95,7 +97,7 @@ def main() -> None:
                 {"seed": seed, **{k: v for k, v in test.items() if k not in ("tables", "rows")}, **result.training}
             )
             print(json.dumps(runs[-1]), flush=True)
-        metric = "accuracy" if "accuracy" in runs[0] else "spearman"
+        metric = next(name for name in ("accuracy", "spearman", "f1") if name in runs[0])
         value = mean(run[metric] for run in runs)
         wanted = f" (at least {least:.1%})" if least else ""
         print(f"{name}: {metric} {value:.2%}{wanted}, mean of {len(runs)} seeds", flush=True)

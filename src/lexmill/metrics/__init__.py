@@ -1,5 +1,6 @@
 """How good answers are, and how sure one can be of it. Numpy only."""
 
+from lexmill.metrics.answers import answer_scores, mostly_chinese
 from lexmill.metrics.calibration import brier_score, expected_calibration_error, reliability
 from lexmill.metrics.classification import (
     Average,
@@ -41,6 +42,7 @@ __all__ = [
     "Interval",
     "accuracy",
     "accuracy_interval",
+    "answer_scores",
     "average_precision",
     "bootstrap",
     "brier_score",
@@ -56,6 +58,7 @@ __all__ = [
     "f1_interval",
     "mcnemar",
     "mean_interval",
+    "mostly_chinese",
     "multilabel_f1_interval",
     "ndcg",
     "nearest",

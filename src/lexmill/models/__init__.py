@@ -5,7 +5,7 @@ from lexmill.models.config import LayerOverride, ModelConfig
 from lexmill.models.decoding import Sampling
 from lexmill.models.encoder_decoder import EncoderDecoder, Memory
 from lexmill.models.generate import Generated, generate, greedy
-from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LanguageShape, LMHead, register_head
+from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LanguageShape, LMHead, SpanHead, register_head
 from lexmill.models.io import (
     digest,
     head_tensors,
@@ -39,6 +39,7 @@ __all__ = [
     "RecurrentConfig",
     "Said",
     "Sampling",
+    "SpanHead",
     "Structure",
     "Transformer",
     "Trunk",

@@ -196,3 +196,41 @@ class LMHead(Head):
         tied = trunk.embeddings.token if trunk.config.tied_output else None
         shape = strict(LanguageShape, described, where)
         return cls(trunk.config.hidden_size, trunk.config.vocab_size, shape, tied=tied)
+
+
+@dataclass(frozen=True)
+class SpanShape:
+    """A span head's structure.
+
+    Args:
+        dropout: before the output, in training.
+    """
+
+    dropout: float = 0.1
+
+
+@register_head
+class SpanHead(Head):
+    """Two logits a row: that a span starts there, and that it ends there."""
+
+    kind = "span"
+
+    def __init__(self, hidden_size: int, shape: SpanShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.dropout = Dropout(shape.dropout)
+        self.output = Linear(hidden_size, 2)
+
+    def forward(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows 2"]:
+        return self.output(self.dropout(hidden))
+
+    @property
+    def pooling(self) -> None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.shape)
+
+    @classmethod
+    def build(cls, trunk: Trunk, described: Mapping[str, Any], where: str) -> SpanHead:
+        return cls(trunk.config.hidden_size, strict(SpanShape, described, where))

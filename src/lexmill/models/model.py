@@ -15,7 +15,7 @@ from lexmill.models import families
 from lexmill.models.backbone import initialise
 from lexmill.models.config import LayerOverride
 from lexmill.models.encoder_decoder import EncoderDecoder, Memory
-from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead
+from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead, SpanHead, SpanShape
 from lexmill.models.trunk import Only, Structure, Trunk
 from lexmill.nn.addition import describe_additions
 from lexmill.nn.attention import Attention
@@ -256,6 +256,13 @@ class Model(nn.Module):
             if part is not head.output or tied is None:
                 initialise(part, self.config.initializer_range, fan_in=self.trunk.fan_in)
         self._start(head, "lm")
+        self.add_head(name, head)
+        return head
+
+    def add_span_head(self, name: str) -> SpanHead:
+        """Attach a head that says of each token how likely a span starts and ends there; its weights are drawn."""
+        head = SpanHead(self.config.hidden_size, SpanShape(self.config.dropout))
+        initialise(head, self.config.initializer_range, fan_in=self.trunk.fan_in)
         self.add_head(name, head)
         return head
 

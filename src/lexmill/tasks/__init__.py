@@ -1,5 +1,6 @@
 """What a model can be asked. Each task is one file; importing this room registers them."""
 
+from lexmill.tasks.answer import Answer
 from lexmill.tasks.base import Metrics, Record, Task, Wants, find, register
 from lexmill.tasks.classify import Classify
 from lexmill.tasks.embed import Embed
@@ -9,6 +10,7 @@ from lexmill.tasks.rank import Rank
 from lexmill.tasks.seq2seq import Seq2Seq
 
 __all__ = [
+    "Answer",
     "Classify",
     "Embed",
     "Generate",

@@ -43,7 +43,13 @@ def row(text: str | None, context: str = CONTEXT) -> dict[str, Any]:
     return {"question": "What is it?", "context": context, "answers": answers}
 
 
-DATA = [row("three dollars"), row("lost abroad"), row(None), row("nine"), row("year", "It was last year.")]
+DATA = [
+    row("three dollars"),
+    {**row("lost abroad"), "question": "Unless?"},
+    row(None, CONTEXT[30:]),
+    {**row("nine"), "question": "For two?"},
+    row("year", "It was last year."),
+]
 
 
 def perfect(task: Answer, record: dict[str, Any]) -> Found:
@@ -174,6 +180,23 @@ def test_scores_follow_the_rules_of_both_languages() -> None:
     assert answer_scores("光公", ["光荣公"], chinese=True) == (0.0, pytest.approx(2 / 5))  # one run, not a sum
     assert answer_scores("", [], chinese=True) == (1.0, 1.0)
     assert answer_scores("car", [], chinese=False) == (0.0, 0.0)
+
+
+def test_a_small_model_learns_its_answers_by_heart() -> None:
+    model, task = tiny_bert(), task_of(no_answer_threshold=0.0)
+    torch.manual_seed(0)
+    task.attach(model)
+    batch = collate(task.encode(DATA, tokenizer(), labelled=True))
+    model.trunk.embeddings.token.sparse = False
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        accumulate(model, task, [batch], seed=0, manner=Manner())
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    with torch.inference_mode():
+        answers = task.answer(model, batch, DATA, tokenizer())
+    assert [one.text for one in answers] == ["three dollars", "lost abroad", "", "nine", "year"]
 
 
 def test_real_questions_are_fitted_and_answered_and_served(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from lexmill.data.sources import Source
@@ -10,12 +11,17 @@ from lexmill.errors import UserError
 
 
 def content_sha256(source: Source) -> str:
-    """The sha256 of the file's bytes as stored, in hexadecimal."""
+    """The sha256 of the file's bytes as stored, in hexadecimal; of several files, that of their hashes in order."""
+    hashes = [_sha256(file) for file in source.files()]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
     try:
-        with source.path.open("rb") as file:
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", where=str(source.path)) from error
+        raise UserError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
 
 
 def data_fingerprint(source: Source, rows: int | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, JSONL, plain-text and Parquet files, streamed, each with its line."""
+"""Rows of CSV, TSV, JSONL, plain-text and Parquet files and of saved datasets, streamed, each with its line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from lexmill.data import saved
 from lexmill.data.lines import MAX_LINE_BYTES, BadRow, Lines, check_encoding, megabytes, open_stream
 from lexmill.errors import UserError
 
 FORMATS = ("csv", "tsv", "jsonl", "txt", "parquet")
+SAVED = "dataset"
+"""The format of a directory that Hugging Face `datasets` saved; no file has it."""
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".xz")
 TEXT_COLUMN = "text"
@@ -28,7 +31,7 @@ _EXAMPLES = 5
 
 
 class Row(NamedTuple):
-    """One row: the line of the file it starts on, from 1 (Parquet: the number of the row), and values by column."""
+    """One row: the line it starts on, from 1 (Parquet, dataset: the number of the row), and values by column."""
 
     line: int
     values: dict[str, Any]
@@ -60,12 +63,13 @@ class Reading:
 
 
 class Source:
-    """A file of rows. Each iteration streams the file anew; at most one row (Parquet: one batch) is in memory.
+    """A file of rows, or a saved dataset. Each iteration streams it anew; at most one row (Parquet, dataset: one batch)
+    is in memory.
 
     Iterating raises `UserError` with `file:line` at a broken row, unless `skip_bad`, and where a file has no rows.
 
     Attributes:
-        path: the file.
+        path: the file or directory.
         reading: how it is read.
         skipped: the broken rows that the latest iteration passed over.
     """
@@ -78,6 +82,10 @@ class Source:
     def where(self, line: int) -> str:
         """`file:line`, as errors and reports name a row."""
         return f"{self.path}:{line}"
+
+    def files(self) -> list[Path]:
+        """The files whose bytes decide the rows."""
+        return saved.files(self.path) if self.reading.format == SAVED else [self.path]
 
     def __iter__(self) -> Iterator[Row]:
         skipped = self.skipped = Skipped()
@@ -106,6 +114,9 @@ class Source:
 
     def _items(self) -> Iterator[Row | BadRow]:
         reading = self.reading
+        if reading.format == SAVED:
+            yield from (Row(number, values) for number, values in enumerate(saved.rows(self.path), 1))
+            return
         if reading.format == "parquet":
             yield from _parquet_rows(self.path)
             return
@@ -132,7 +143,8 @@ def open_source(
     """A file of rows, checked to exist and to be of a known format; its rows are read on iteration.
 
     Args:
-        path: `.csv`, `.tsv`, `.jsonl`, `.txt` (each also `.gz`, `.xz`) or `.parquet`.
+        path: `.csv`, `.tsv`, `.jsonl`, `.txt` (each also `.gz`, `.xz`) or `.parquet`; or a directory as
+            `save_to_disk` of Hugging Face `datasets` writes it, a split of several as `DIR/train`.
         format: one of `FORMATS`, where the suffix does not say it.
         encoding: of text; a byte order mark is dropped.
         delimiter: between columns; a comma for CSV, a tab for TSV.
@@ -144,9 +156,10 @@ def open_source(
     if not path.exists():
         raise UserError("no such file", where=str(path), hint=_nearest_file(path))
     if path.is_dir():
-        raise UserError("is a directory, not a file of rows", where=str(path), hint="name one file inside it")
+        _check_saved(path, format)
+        format = SAVED
     format = format or _format_of(path)
-    if format not in FORMATS:
+    if format not in FORMATS and not path.is_dir():
         raise UserError(f"unknown format '{format}'", where=str(path), hint=f"known formats: {', '.join(FORMATS)}")
     delimiter = delimiter or ("\t" if format == "tsv" else ",")
     if len(delimiter) != 1 or delimiter in '"\r\n\0':
@@ -186,7 +199,20 @@ def read_lines(
         yield item
 
 
+def _check_saved(path: Path, format: str | None) -> None:
+    if format not in (None, SAVED):
+        raise UserError(f"a directory is not '{format}'", where=str(path), hint="name one file inside it")
+    if several := saved.splits(path):
+        names = ", ".join(str(path / name) for name in several)
+        raise UserError(f"holds {len(several)} splits", where=str(path), hint=f"name one: {names}")
+    if not saved.is_saved(path):
+        hint = "name one file inside it, or a directory that save_to_disk of datasets wrote"
+        raise UserError("is a directory, not a file of rows", where=str(path), hint=hint)
+
+
 def _nearest_file(path: Path) -> str:
+    if several := saved.splits(path.parent):
+        return f"the splits there are: {', '.join(several)}"
     if not path.parent.is_dir():
         return f"there is no directory {path.parent} either"
     names = [entry.name for entry in islice(path.parent.iterdir(), 1000)]

@@ -101,7 +101,7 @@ ARTEFACT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "unknown task": (
         manifest(lambda m: m["task"].update(name="clasify")),
-        ("manifest.json", "unknown task 'clasify'", "known tasks: classify"),
+        ("manifest.json", "unknown task 'clasify'", "known tasks: ", "classify, "),
     ),
     "state of the task is wrong": (
         manifest(lambda m: m["task"].update(state={})),

@@ -39,6 +39,7 @@ class MLP(nn.Module):
         return self.down(self._activated(self.gate, x) * self.up(x))
 
     def _activated(self, layer: Linear, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
-        dense = type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+        dense = type(layer) is Linear and layer.quantised is None
+        dense = dense and not layer._forward_hooks and not layer._forward_pre_hooks
         found = activated(x, layer.weight, layer.bias, self.activation) if dense else None
         return ACTIVATIONS[self.activation](layer(x)) if found is None else found

@@ -32,23 +32,6 @@ if TYPE_CHECKING:
     from lexmill.tasks import Task
     from lexmill.verify import Verification
 
-__all__ = [
-    "OpenArtifact",
-    "augment",
-    "check",
-    "combine",
-    "compare",
-    "evaluate",
-    "fit",
-    "import_gguf",
-    "label",
-    "load",
-    "search",
-    "serve",
-    "tokenizer",
-    "verify",
-]
-
 
 def fit(
     train: Path | str | None = None,
@@ -133,20 +116,13 @@ def search(
         validation: rows to compare runs by; or `data.validation_fraction` in `set`.
         test: rows to test the best run on, once.
     """
+    from lexmill.config import read_sets
     from lexmill.learn.search import Asked, search
 
     flags = {"data.train": train, "data.validation": validation, "data.test": test, "task": task, "model": model}
-    settings = {key: str(value) for key, value in flags.items() if value is not None} | _sets(set)
+    settings = {key: str(value) for key, value in flags.items() if value is not None} | read_sets(set)
     asked = Asked(settings, space, Path(config) if config is not None else None)
     return search(asked, Path(out), trials=trials, jobs=jobs, seed=seed, resume=resume, watch=watch)
-
-
-def _sets(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    from lexmill.config.toml import scalar
-
-    if isinstance(given, Mapping):
-        return dict(given)
-    return {key: scalar(value) for key, _, value in (one.partition("=") for one in given)}
 
 
 def combine(base: Path | str, adapters: Mapping[str, Path | str], *, out: Path | str) -> Artifact:
@@ -379,11 +355,12 @@ def augment(
     Returns:
         How many rows were written, by how they came about; `original` for those of the file.
     """
+    from lexmill.artifact import refuse_existing
     from lexmill.data import find_columns, open_source
     from lexmill.data.augment import MARK, Editor, augment, read_synonyms, rewrite
-    from lexmill.data.write import refuse_existing, write_rows
+    from lexmill.data.write import write_rows
 
-    refuse_existing(Path(out))
+    refuse_existing(Path(out), resume=True)
     source = open_source(data, encoding=encoding, skip_bad=skip_bad)
     column = find_columns(source, {"text": text})["text"]
     rows = (row.values for row in source)

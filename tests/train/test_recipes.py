@@ -11,12 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.train.parts import InMemory, batch_of, classifier, distance, generator, gradients, rows, tiny_bert, tokenizer
+from tests.train.parts import (
+    VOCABULARY,
+    InMemory,
+    batch_of,
+    classifier,
+    distance,
+    generator,
+    gradients,
+    rows,
+    tiny_bert,
+    tokenizer,
+)
 
+from lexmill import models
+from lexmill.adapt import AdaptConfig, adapt
 from lexmill.data.order import BalancedOrder
 from lexmill.errors import UserError
 from lexmill.models import Model
-from lexmill.tasks import Classify, Task
+from lexmill.models.recurrent import RecurrentConfig
+from lexmill.tasks import Task
 from lexmill.train import Manner, Optimizer, Store, TrainConfig, Trainer, TrainResult, accumulate
 from lexmill.train.adversarial import FGM, FreeLB
 from lexmill.train.average import Average
@@ -367,5 +381,13 @@ def test_generate_has_a_divergence_too() -> None:
     assert acted["r_drop"] > 0
 
 
-def test_the_task_of_the_tests_is_a_classifier() -> None:
-    assert isinstance(prepared()[1], Classify)
+@pytest.mark.parametrize("kind", ["recurrent", "prompt"])
+def test_word_vectors_that_cannot_be_moved_are_refused(kind: str) -> None:
+    data = rows(8)
+    model = tiny_bert() if kind == "prompt" else models.init(RecurrentConfig(VOCABULARY, state_size=16), "lstm", 0)
+    task = classifier(data, model)
+    if kind == "prompt":
+        adapt(model, AdaptConfig("prompt", tokens=2))
+    examples = InMemory(task, task.encode(data, tokenizer(), labelled=True))
+    with pytest.raises(UserError, match="word vectors of this model cannot be moved"):
+        Trainer(model, task, examples, TrainConfig(adversarial="fgm"))

@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from lexmill.artifact import refuse_existing
 from lexmill.data import open_source, read_lines
 from lexmill.data.columns import flag
 from lexmill.data.sources import Row
-from lexmill.data.write import refuse_existing, write_lines
+from lexmill.data.write import write_lines
 from lexmill.engine import Ensemble, TorchEngine
 from lexmill.errors import UserError
 
@@ -35,7 +36,7 @@ def predict(
     """Answer the rows of a file or of standard input in order, by one model or by several together. With `out`, the
     file appears only when it is whole."""
     if out is not None:
-        refuse_existing(out)
+        refuse_existing(out, resume=True)
     if data == "-":
         name, groups = "stdin", _as_they_come(_standard_input(encoding))
     else:

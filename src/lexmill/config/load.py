@@ -71,6 +71,12 @@ def load(
     return Loaded(value, {dotted(key): origin for key, origin in draft.origins.items()})
 
 
+def read_sets(sets: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """What `--set` says, by dotted key; see `load`. Raises `UserError` for a text that is no `KEY=VALUE`, and for a key
+    given twice."""
+    return {dotted(key): value for key, value, _ in _command_line(sets, {})}
+
+
 def _command_line(sets: Sequence[str] | Mapping[str, Any], flags: Mapping[str, Any]) -> list[tuple[Key, Any, str]]:
     given: list[tuple[Key, Any, str]] = []
     for key, value in flags.items():

@@ -8,19 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexmill.artifact.write import is_disk_full
+from lexmill.artifact.write import is_disk_full, refuse_existing
 from lexmill.errors import Failure, UserError
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise `UserError` where `out` is taken."""
-    if out.exists():
-        raise UserError("already exists", where=str(out), hint="give another --out, or remove it")
 
 
 def write_lines(groups: Iterable[Iterable[str]], out: Path) -> None:
     """Write lines, each with its end, to a new file. What raises meanwhile leaves nothing behind."""
-    refuse_existing(out)
+    refuse_existing(out, resume=True)
     partial = out.with_name(out.name + ".partial")
     try:
         with partial.open("x", encoding="utf-8") as file:

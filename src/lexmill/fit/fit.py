@@ -8,8 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lexmill import models
 from lexmill.adapt import ADAPTER, Adapted, adapt, save_adapted
@@ -34,7 +37,7 @@ from lexmill.evaluate import Evaluation, answered, evaluate, probes
 from lexmill.fit.config import FitConfig
 from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
-from lexmill.fit.prepare import Prepared, asked, examples, fingerprints, held_out, prepare, records
+from lexmill.fit.prepare import Prepared, Subset, ask_first, examples, fingerprints, held_out, prepare, records
 from lexmill.fit.record import record_inputs
 from lexmill.hardware import describe, device, keep_heap
 from lexmill.models import Model
@@ -131,7 +134,7 @@ def fit(
     if where.type != "cpu":
         watch.note(f"training on {where}: {describe()['cuda']}")
     check_vocabulary(prepared.tokenizer, begun.model.config.vocab_size, where=str(prepared.model_directory))
-    prepared = asked(prepared, begun.model)
+    prepared = ask_first(prepared, begun.model)
     with create(out, resume=resume) as writer:
         if writer.manifest is None:
             data = fingerprints(prepared)
@@ -157,6 +160,11 @@ class _Run:
     @property
     def loaded(self) -> Loaded:
         return Loaded(self.prepared.task, self.model, self.prepared.tokenizer, self.writer.out.name)
+
+    @cached_property
+    def _examples(self) -> tuple[Subset, np.ndarray]:
+        """The examples to train on, and the indices of the rows held out."""
+        return examples(self.prepared)
 
     def _engine(self) -> TorchEngine:
         return TorchEngine(self.loaded, device=str(self.model.device))
@@ -199,7 +207,7 @@ class _Run:
         """Also gives where the run is tracked, which is closed at `ending`."""
         prepared, config = self.prepared, self.prepared.config
         self.watch.note("tokenizing")
-        data, held = examples(prepared)
+        data, held = self._examples
         if prepared.regroups:
             self.watch.note(f"{len(data):,} training examples of {data.lengths.mean():.0f} tokens in the mean")
         validating = len(held) > 0 or prepared.sources.validation is not None
@@ -263,7 +271,7 @@ class _Run:
         if not prepared.calibrates:
             return {}
         self.watch.note("calibrating on the validation rows")
-        _, held = examples(prepared)
+        _, held = self._examples
         asked, answers = answered(self._engine(), held_out(prepared, held)())
         task, effect = prepared.task.calibrate(answers, asked)
         self.prepared = replace(prepared, task=task)

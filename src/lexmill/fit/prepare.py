@@ -225,7 +225,7 @@ def records(source: Source) -> Iterator[Record]:
     return (row.values for row in source)
 
 
-def asked(prepared: Prepared, model: Model) -> Prepared:
+def ask_first(prepared: Prepared, model: Model) -> Prepared:
     """The task having asked the starting model what it wants to remember of it."""
     parts = (prepared.sources.train, prepared.sources.validation, prepared.sources.test)
     rows = (row.values for source in parts if source is not None for row in source)

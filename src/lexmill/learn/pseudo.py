@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lexmill.artifact import refuse_existing
 from lexmill.data import open_source
-from lexmill.data.write import refuse_existing, write_rows
+from lexmill.data.write import write_rows
 from lexmill.engine import Ensemble, TorchEngine
 from lexmill.errors import UserError
 
@@ -22,7 +23,7 @@ def label(
         UserError: a model whose answers have no label and score, a row that cannot be answered, or no row of which the
             model is sure.
     """
-    refuse_existing(out)
+    refuse_existing(out, resume=True)
     if not 0 <= min_score <= 1:
         raise UserError(f"{min_score} is no probability", where="--min-score", hint="give 0 to 1")
     source = open_source(data, encoding=encoding, skip_bad=skip_bad)

@@ -318,6 +318,10 @@ class Transformer(Trunk):
     def has_prompt(self) -> bool:
         return self.embeddings.prompt is not None
 
+    @property
+    def moves_words(self) -> bool:
+        return self.sides == 1 and not self.has_prompt
+
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty cache for this many sequences, in the precision and on the device of the weights."""
         weight = self.embeddings.token.weight

@@ -117,6 +117,11 @@ class Trunk(nn.Module, ABC):
         return self.config.max_positions
 
     @property
+    def moves_words(self) -> bool:
+        """Whether a forward pass takes one row of the token table for each position, which training may then move."""
+        return False
+
+    @property
     def has_prompt(self) -> bool:
         """Whether there are rows in front of a sequence, so that `first` gives a row that is not among its tokens'."""
         return False

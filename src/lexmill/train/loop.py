@@ -110,6 +110,9 @@ class Trainer:
         config.check_stopping(validating=validate is not None)
         if config.recompute and not model.trunk.recomputes:
             raise UserError("this model keeps its activations", where="train.recompute", hint="leave it out")
+        if config.adversarial != "none" and not model.trunk.moves_words:
+            what = "the word vectors of this model cannot be moved"
+            raise UserError(what, where="train.adversarial", hint="leave it out")
         if config.ema and companion is not None:
             hint = "leave it out, or adapt with another method"
             raise UserError("an average of weights would bring back what was taken out", where="train.ema", hint=hint)
@@ -262,15 +265,14 @@ class Trainer:
         self.model.eval()
         with self.average.applied() if self.average is not None else nullcontext():
             metrics = dict(self.validate())
-            weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            value = metrics[self.task.metric] * self.task.metric_sign
+            if self.progress.best is None or value > self.progress.best:
+                self.progress.best, self.progress.best_epoch, self.progress.stale_epochs = value, epoch, 0
+                self._best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            else:
+                self.progress.stale_epochs += 1
         self.model.train()
-        value = metrics[self.task.metric] * self.task.metric_sign
         self.progress.validations.append(metrics)
-        if self.progress.best is None or value > self.progress.best:
-            self.progress.best, self.progress.best_epoch, self.progress.stale_epochs = value, epoch, 0
-            self._best = weights
-        else:
-            self.progress.stale_epochs += 1
         patience = self.config.patience
         self.progress.stopped = patience is not None and self.progress.stale_epochs >= patience
         return {"phase": "validate", "step": self.progress.step, "epoch": epoch, **metrics}

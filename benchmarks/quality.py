@@ -1,4 +1,7 @@
-"""Test accuracy of full fine-tuning on real data: the mean over seeds, through `lexmill fit` itself."""
+"""Test accuracy of full fine-tuning on real data: the mean over seeds, through `lexmill fit` itself.
+
+With `--peer` the Hugging Face Trainer or sentence-transformers runs the same recipe on the same seeds after it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from lexmill.data import banking77
 from lexmill.fit import DataConfig, FitConfig, fit
 from lexmill.train import TrainConfig
 from measure import save
+from peers import OF_TASK
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -85,23 +89,36 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", default=list(SETS), help=f"out of {', '.join(SETS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=None, help="the model's own where not given")
+    parser.add_argument("--epochs", type=int, help="in place of the recipe's")
+    parser.add_argument("--peer", action="store_true", help="run the peer too; of the tasks classify and embed")
     arguments = parser.parse_args()
     for name in arguments.sets:
         make, least = SETS[name]
         runs: list[dict[str, Any]] = []
+        theirs: list[dict[str, float]] = []
         for seed in range(arguments.seeds):
+            config = make(seed, arguments.dropout)
+            if arguments.epochs:
+                config = replace(config, train=replace(config.train, epochs=arguments.epochs))
             with tempfile.TemporaryDirectory() as folder:
-                result = fit(make(seed, arguments.dropout), Path(folder) / "out")
+                result = fit(config, Path(folder) / "out")
                 test = result.test or {}
             runs.append(
                 {"seed": seed, **{k: v for k, v in test.items() if k not in ("tables", "rows")}, **result.training}
             )
             print(json.dumps(runs[-1]), flush=True)
+            if arguments.peer:
+                theirs.append(OF_TASK[config.task](config))
+                print(f"peer: {json.dumps(theirs[-1])}", flush=True)
         metric = next(name for name in ("accuracy", "spearman", "f1") if name in runs[0])
         value = mean(run[metric] for run in runs)
         wanted = f" (at least {least:.1%})" if least else ""
         print(f"{name}: {metric} {value:.2%}{wanted}, mean of {len(runs)} seeds", flush=True)
-        save(f"quality-{name}", {metric: value, "runs": runs})
+        figures: dict[str, Any] = {metric: value, "runs": runs}
+        if theirs:
+            figures |= {"peer": mean(run[metric] for run in theirs), "peer_runs": theirs}
+            print(f"{name}: the peer's {metric} {figures['peer']:.2%}", flush=True)
+        save(f"quality-{name}", figures)
 
 
 if __name__ == "__main__":

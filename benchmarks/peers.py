@@ -1,0 +1,96 @@
+"""Peers on the very recipe that Lexmill runs: its data, seed, epochs, batch size, rate, warm-up, dropout and loss."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+
+from lexmill.data import open_source
+from lexmill.fit import FitConfig, model_directory
+
+
+def classify(config: FitConfig) -> dict[str, float]:
+    """Test accuracy of the Hugging Face Trainer with dynamic padding, after the last epoch."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
+    from transformers import TrainingArguments as Arguments
+    from transformers import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    train, directory = config.train, model_directory(config.model)
+    assert config.data.test is not None
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    names: list[str] = []
+
+    def rows(file: Path) -> list[dict[str, Any]]:
+        read = [row.values for row in open_source(file)]
+        names[:] = names or sorted({str(row["label"]) for row in read})
+        longest = int(config.options.get("max_length", 128))
+        ids = tokenizer([row["text"] for row in read], truncation=True, max_length=longest)["input_ids"]
+        return [{"input_ids": i, "labels": names.index(str(row["label"]))} for i, row in zip(ids, read, strict=True)]
+
+    learnt, asked = rows(config.data.train), rows(config.data.test)
+    weights = None
+    if config.options.get("class_weights") == "balanced":
+        counts = np.bincount([row["labels"] for row in learnt], minlength=len(names))
+        weights = torch.tensor(len(learnt) / (len(names) * counts), dtype=torch.float32)
+    smoothing = float(config.options.get("label_smoothing", 0.0))
+
+    def loss(outputs: Any, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, weights, label_smoothing=smoothing)
+
+    torch.manual_seed(train.seed)
+    given = {} if train.dropout is None else dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob"), train.dropout
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(names), **given)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = -(-len(learnt) // train.batch_size) * train.epochs
+        arguments = Arguments(
+            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
+            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
+            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=64,
+            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(
+            model, arguments, train_dataset=learnt, data_collator=DataCollatorWithPadding(tokenizer),  # pyright: ignore
+            compute_loss_func=loss,
+        )  # fmt: skip
+        trainer.train()
+        guesses = np.argmax(trainer.predict(asked).predictions, axis=-1)  # pyright: ignore
+    return {"accuracy": float(np.mean(guesses == [row["labels"] for row in asked]))}
+
+
+def embed(config: FitConfig) -> dict[str, float]:
+    """Spearman correlation on the test pairs of sentence-transformers, trained by cosine similarity."""
+    from sentence_transformers import InputExample, SentenceTransformer, losses, models
+    from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
+    from torch.utils.data import DataLoader
+
+    train, directory = config.train, str(model_directory(config.model))
+    assert config.data.test is not None
+    torch.manual_seed(train.seed)
+    word = models.Transformer(directory, max_seq_length=int(config.options.get("max_length", 128)))
+    model = SentenceTransformer(modules=[word, models.Pooling(word.get_word_embedding_dimension())], device="cpu")
+
+    def pairs(file: Path) -> list[tuple[str, str, float]]:
+        return [tuple(row.values.values()) for row in open_source(file)]  # pyright: ignore
+
+    learnt = [InputExample(texts=[a, b], label=float(score) / 5) for a, b, score in pairs(config.data.train)]
+    loader: Any = DataLoader(learnt, shuffle=True, batch_size=train.batch_size)  # pyright: ignore
+    model.fit(
+        [(loader, losses.CoSENTLoss(model))], epochs=train.epochs, show_progress_bar=False,
+        warmup_steps=round(train.warmup * len(loader) * train.epochs), optimizer_params={"lr": train.learning_rate},
+    )  # fmt: skip
+    first, second, scores = zip(*pairs(config.data.test), strict=True)
+    return {"spearman": float(EmbeddingSimilarityEvaluator(first, second, scores)(model)["spearman_cosine"])}
+
+
+OF_TASK = {"classify": classify, "embed": embed}

@@ -16,6 +16,8 @@ from lexmill.engine import Cancelled, Expired, Loaded, Request, TorchEngine, ope
 from lexmill.engine.torch_engine import micro_batches
 from lexmill.errors import UserError
 from lexmill.evaluate.probes import evidence, probe_records
+from lexmill.nn import matmul
+from lexmill.nn.linear import Linear
 from lexmill.tasks import Record
 
 
@@ -41,6 +43,15 @@ def test_the_fast_path_equals_the_naive_loop(loaded: Loaded, budget: int) -> Non
     assert [list(one) for one in fast] == [list(one) for one in slow]
     a, b = (np.array([list(one.values()) for one in found]) for found in (fast, slow))
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+@pytest.mark.skipif(not matmul._onednn_is_faster(), reason="this CPU's products are MKL's")
+def test_an_engine_on_a_cpu_packs_the_weights_that_it_multiplies_by() -> None:
+    loaded = small_classifier()
+    TorchEngine(loaded)
+    layers = [layer for layer in loaded.model.modules() if isinstance(layer, Linear)]
+    assert layers
+    assert all(layer.weight in matmul._PACKED for layer in layers)
 
 
 def test_pairs_too(loaded: Loaded) -> None:

@@ -16,6 +16,7 @@ from lexmill.engine.base import Cancelled, Expired, Request, Work
 from lexmill.engine.loaded import Loaded, load
 from lexmill.engine.mixed import batches_by_adapter
 from lexmill.errors import UserError
+from lexmill.nn.linear import pack
 from lexmill.tasks.base import Hear, Record, Task
 
 CPU_TOKEN_BUDGET = 2048
@@ -56,7 +57,7 @@ class TorchEngine:
         self.name = loaded.name
         self._loaded = loaded
         for one in (loaded, *loaded.adapters.values()):
-            one.model.to(where).eval()
+            pack(one.model.to(where).eval(), token_budget)
         self._token_budget = token_budget
         self._work = Work()
 

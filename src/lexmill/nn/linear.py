@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lexmill.errors import UserError
+from lexmill.nn import matmul
 from lexmill.nn.blockwise import Bits, Blockwise
 from lexmill.nn.matmul import linear
 
@@ -87,6 +88,13 @@ class Linear(nn.Linear):
             weight += delta.detach()
         dense.weight = nn.Parameter(weight, requires_grad=self.matrix.requires_grad)
         return dense
+
+
+def pack(model: nn.Module, rows: int) -> None:
+    """Lay the matrices of all linear layers out for products of about so many rows, where that gains; see `matmul`."""
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.quantised is None:
+            matmul.pack(layer.weight, rows)
 
 
 def has_bias(layer: nn.Linear) -> bool:

@@ -3,6 +3,8 @@
 `F.linear` in float32 goes to MKL. On a CPU with AVX-512, oneDNN's matrix multiply takes the weight as it lies in
 memory, adds the bias on the way, and is 10 to 20 % faster at an encoder's shapes; `docs/log.md` has the figures. The
 product for the weight's gradient is MKL's in both.
+
+A model that only answers can have its weights `pack`ed: laid out beforehand as oneDNN's kernels read them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _FEWEST_ROWS = 8
 _ROW_STEPS = 64
 """Numbers of rows used between a power of two and the next."""
+_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By weight: its version when it was packed, and the packed copy."""
 
 
 @cache
@@ -38,18 +43,52 @@ def fitting_rows(rows: int, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product is the one to take."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2
-    if not plain or len(x) < _FEWEST_ROWS or torch.is_autocast_enabled("cpu") or not _onednn_is_faster():
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product could be taken."""
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 and len(x) > 0
+    if not plain or torch.is_autocast_enabled("cpu") or not _onednn_is_faster():
         return False
     return not torch.compiler.is_compiling()
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is the faster one, of a weight as it lies in memory."""
+    return _is_plain(x, weight) and len(x) >= _FEWEST_ROWS
+
+
+def pack(weight: Float[Tensor, "out in"], rows: int) -> bool:
+    """Keep a second copy of a weight as oneDNN's kernels read it; products without a gradient take it from now on.
+
+    It is no longer taken once the weight is written to, and goes when the weight goes.
+
+    Args:
+        rows: of the products that it shall be best for; others are right too.
+
+    Returns:
+        Whether it was packed: only where oneDNN's products would be the faster ones.
+    """
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not _onednn_is_faster():
+        return False
+    with torch.no_grad():
+        _PACKED[weight] = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return True
+
+
+def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
+    """The packed copy of a weight, where there is one that still holds and no gradient is wanted."""
+    if torch.is_grad_enabled() or not _is_plain(x, weight) or weight not in _PACKED:
+        return None
+    version, packed = _PACKED[weight]
+    return packed if version == weight._version else None
 
 
 def linear(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
 ) -> Float[Tensor, "*rows out"]:
     """What `F.linear` computes, to within rounding."""
+    packed = _packed(x, weight)
+    if packed is not None:
+        return _product(x, packed, bias)
     if not _fits(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
@@ -63,10 +102,13 @@ def activated(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None, activation: str
 ) -> Float[Tensor, "*rows out"] | None:
     """An activation of what `linear` gives, in one sweep; None where that takes two, or a gradient is wanted."""
-    if activation not in FUSED or torch.is_grad_enabled() or not _fits(x, weight):
+    if activation not in FUSED or torch.is_grad_enabled():
+        return None
+    packed = _packed(x, weight)
+    if packed is None and not _fits(x, weight):
         return None
     name, kind = FUSED[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], kind)
+    return torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, name, [], kind)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

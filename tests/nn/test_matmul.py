@@ -1,0 +1,74 @@
+"""Products of packed weights against the plain ones."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lexmill.nn import matmul
+
+needs_onednn = pytest.mark.skipif(not matmul._onednn_is_faster(), reason="this CPU's products are MKL's")
+
+
+def weights(out: int = 48, inner: int = 32) -> tuple[nn.Parameter, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Parameter(torch.randn(out, inner)), torch.randn(out)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_packed_weight_gives_the_same_products(rows, biased):
+    weight, bias = weights()
+    x = torch.randn(rows, 32)
+    assert matmul.pack(weight, 64)
+    with torch.no_grad():
+        assert matmul._packed(x, weight) is not None
+        found = matmul.linear(x, weight, bias if biased else None)
+        active = matmul.activated(x, weight, bias if biased else None, "gelu")
+        assert active is not None
+        wanted = F.linear(x, weight, bias if biased else None)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(active, F.gelu(wanted), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_a_weight_that_was_written_to_is_taken_as_it_is_now():
+    weight, bias = weights()
+    x = torch.randn(16, 32)
+    matmul.pack(weight, 64)
+    with torch.no_grad():
+        weight.mul_(2)
+        assert matmul._packed(x, weight) is None
+        torch.testing.assert_close(matmul.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_gradients_of_a_packed_weight_are_those_of_a_plain_one():
+    weight, bias = weights()
+    x = torch.randn(16, 32, requires_grad=True)
+    matmul.pack(weight, 64)
+    matmul.linear(x, weight, bias).square().sum().backward()
+    found = weight.grad
+    weight.grad = None
+    F.linear(x, weight, bias).square().sum().backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-3)
+
+
+@needs_onednn
+def test_the_copy_goes_with_its_weight():
+    gc.collect()
+    before = len(matmul._PACKED)
+    weight, _ = weights()
+    matmul.pack(weight, 64)
+    assert len(matmul._PACKED) == before + 1
+    del weight
+    gc.collect()
+    assert len(matmul._PACKED) == before
+
+
+def test_what_onednn_does_not_multiply_is_not_packed():
+    assert not matmul.pack(torch.zeros(8, 8, dtype=torch.bfloat16), 64)
+    assert not matmul.pack(torch.zeros(8, 8, device="meta"), 64)

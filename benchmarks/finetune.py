@@ -4,7 +4,8 @@ All take the same model, data, batch size, optimiser and dropout, each in a proc
 50 batches, so that every turn holds every length of text. With `--method lora` all train low-rank matrices (r = 8,
 query and value), the peer by `peft`; with `lora-upper` in the upper half of the layers alone. Lexmill then keeps what
 the lower half makes of the texts, without dropout there, and its turn is four whole epochs, that first pass included.
-`--data waimai_10k --model e5` takes Chinese reviews and multilingual-e5-small. With a GPU all run there, in bf16.
+`--data waimai_10k --model e5` takes Chinese reviews and multilingual-e5-small. `--precision bf16` lets all make their
+products in bfloat16. With a GPU all run there, in bf16.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from measure import Worker, interleave, ratio, save, table, work
 BATCH, STEPS, EPOCHS, MAX_LENGTH = 32, 50, 4, 128
 Method = Literal["full", "lora", "lora-upper"]
 CUDA = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LEAST = {("full", 0.0): (3.2, 1.5), ("full", 0.1): (2.8, 1.3), ("lora", 0.1): (3.5, 1.9), ("lora-upper", 0.1): (6, 3)}
 """By method and dropout: how many times the Trainer's speed with dynamic padding, and with `group_by_length`; of
@@ -45,7 +45,12 @@ class Case:
     dropout: float
     data: str = "banking77"
     model: str = "minilm"
+    precision: Literal["fp32", "bf16"] = "fp32"
     rows: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def directory(self) -> Path:
         from lexmill.fit import model_directory
@@ -72,10 +77,9 @@ def prepared(case: Case, window: int) -> Any:
     from lexmill.train import TrainConfig
 
     keep_heap()
-    precision = "bf16" if CUDA else "fp32"
     epochs = EPOCHS if case.method == "lora-upper" else 1000
     config = TrainConfig(
-        epochs=epochs, batch_size=BATCH, dropout=case.dropout, length_window=window, precision=precision
+        epochs=epochs, batch_size=BATCH, dropout=case.dropout, length_window=window, precision=case.precision
     )
     options = {"max_length": MAX_LENGTH}
     ready = prepare(FitConfig(DataConfig(case.file()), model=str(case.directory()), options=options, train=config))
@@ -101,7 +105,7 @@ def lexmill(case: Case, window: int) -> Callable[[], Mapping[str, Any]]:
     tokens = float(trainer.data.lengths.mean())
 
     def turn() -> Mapping[str, Any]:
-        ceiling = matmul_rate(model.matmul_shapes(), round(BATCH * tokens), dtype=DTYPE, device=model.device)
+        ceiling = matmul_rate(model.matmul_shapes(), round(BATCH * tokens), dtype=case.dtype, device=model.device)
         model.train()
         start, examples, seen, positions = time.perf_counter(), 0, 0, 0.0
         for _ in range(STEPS):
@@ -128,7 +132,7 @@ def kept(case: Case, window: int) -> Callable[[], Mapping[str, Any]]:
     def turn() -> Mapping[str, Any]:
         model, task, data, config = prepared(case, window)
         rows = round(BATCH * float(data.lengths.mean()))
-        ceiling = matmul_rate(model.matmul_shapes(), rows, dtype=DTYPE, device=model.device)
+        ceiling = matmul_rate(model.matmul_shapes(), rows, dtype=case.dtype, device=model.device)
         layers, start = model.untrained_layers(), time.perf_counter()
         folder = Path(tempfile.gettempdir())
         with keep_activations(model, data, layers, folder, precision=config.precision) as found:
@@ -205,7 +209,7 @@ def trainer(case: Case, strategy: str) -> Callable[[], Mapping[str, Any]]:
             arguments = TrainingArguments(
                 output_dir=folder, per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=3e-4,
                 weight_decay=0.0, report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
-                train_sampling_strategy=strategy, seed=seed, bf16=CUDA, use_cpu=not CUDA,
+                train_sampling_strategy=strategy, seed=seed, bf16=case.precision == "bf16", use_cpu=not CUDA,
             )  # fmt: skip
             collate = DataCollatorWithPadding(tokenizer)
             Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()  # pyright: ignore
@@ -236,8 +240,8 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
     known = LEAST.get((case.method, case.dropout)) if (case.data, case.model) == ("banking77", "minilm") else None
     least = [f" (at least {times})" if known else "" for times in known or ("", "")]
     print(
-        f"{case.method}, dropout {case.dropout}: {dynamic:.2f}x dynamic padding{least[0]}, {grouped:.2f}x "
-        f"group_by_length{least[1]}; ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, "
+        f"{case.method}, {case.precision}, dropout {case.dropout}: {dynamic:.2f}x dynamic padding{least[0]}, "
+        f"{grouped:.2f}x group_by_length{least[1]}; ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, "
         f"share {facts['ceiling_share']:.0%}, {facts['positions_per_token']:.2f} positions a token; peak memory in MB: "
         + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items()),
         flush=True,
@@ -254,6 +258,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["full", "lora", "lora-upper"], default="full")
     parser.add_argument("--data", choices=["banking77", "waimai_10k"], default="banking77")
     parser.add_argument("--model", choices=["minilm", "e5"], default="minilm")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if CUDA else "fp32")
     parser.add_argument("--rows", type=int, help="only so many rows, for a first look, which is not saved")
     parser.add_argument("--dropout", type=float, nargs="*", help="0 and 0.1, where not given; 0.1 alone for lora")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -263,12 +268,12 @@ def main() -> None:
         work(CONTESTANTS[asked["name"]](Case(**asked["case"])))
         return
     dropouts = given.dropout or [dropout for of, dropout in LEAST if of == given.method]
-    cases = [Case(given.method, dropout, given.data, given.model, given.rows) for dropout in dropouts]
+    cases = [Case(given.method, dropout, given.data, given.model, given.precision, given.rows) for dropout in dropouts]
     figures = {f"dropout {case.dropout}": compare(case, given.rounds) for case in cases}
     if given.rows is not None:
         return
-    parts = ["finetune", given.method, given.data, given.model, "gpu" if CUDA else ""]
-    save("-".join(part for part in parts if part not in ("", "full", "banking77", "minilm")), figures)
+    parts = ["finetune", given.method, given.data, given.model, given.precision, "gpu" if CUDA else ""]
+    save("-".join(part for part in parts if part not in ("", "full", "banking77", "minilm", "fp32")), figures)
 
 
 if __name__ == "__main__":

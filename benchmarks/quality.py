@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=None, help="the model's own where not given")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--peer", action="store_true", help="run the peer too; of the tasks classify and embed")
     arguments = parser.parse_args()
     for name in arguments.sets:
@@ -98,8 +99,8 @@ def main() -> None:
         theirs: list[dict[str, float]] = []
         for seed in range(arguments.seeds):
             config = make(seed, arguments.dropout)
-            if arguments.epochs:
-                config = replace(config, train=replace(config.train, epochs=arguments.epochs))
+            epochs = arguments.epochs or config.train.epochs
+            config = replace(config, train=replace(config.train, epochs=epochs, precision=arguments.precision))
             with tempfile.TemporaryDirectory() as folder:
                 result = fit(config, Path(folder) / "out")
                 test = result.test or {}
@@ -118,7 +119,7 @@ def main() -> None:
         if theirs:
             figures |= {"peer": mean(run[metric] for run in theirs), "peer_runs": theirs}
             print(f"{name}: the peer's {metric} {figures['peer']:.2%}", flush=True)
-        save(f"quality-{name}", figures)
+        save(f"quality-{name}" + ("" if arguments.precision == "fp32" else f"-{arguments.precision}"), figures)
 
 
 if __name__ == "__main__":

@@ -72,3 +72,24 @@ def test_the_copy_goes_with_its_weight():
 def test_what_onednn_does_not_multiply_is_not_packed():
     assert not matmul.pack(torch.zeros(8, 8, dtype=torch.bfloat16), 64)
     assert not matmul.pack(torch.zeros(8, 8, device="meta"), 64)
+
+
+@pytest.mark.skipif(not matmul._has_bf16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("rows", [1, 16, 77])
+def test_products_in_bfloat16_round_as_autocast_does_and_so_do_their_gradients(rows):
+    weight, bias = weights()
+    bias = bias.requires_grad_()
+    x = torch.randn(rows, 32, requires_grad=True)
+    found, wanted = [], []
+    for product, gradients in ((matmul.linear, found), (F.linear, wanted)):
+        x.grad = weight.grad = bias.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = product(x, weight, bias)
+        assert y.dtype == torch.bfloat16
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        gradients += [y.detach().float(), x.grad, weight.grad, bias.grad]
+    exact = F.linear(x, weight, bias).detach()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+    assert 0 < float((found[0] - exact).abs().max()) < 0.02 * float(exact.abs().max())

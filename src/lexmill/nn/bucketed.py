@@ -180,7 +180,9 @@ class _Bucketed(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, dropout: float) -> Tensor:
         by_position = None if bias is None else bias.transpose(1, 2).contiguous()
         with torch.autocast("cpu", enabled=False):
-            q, k, v = plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
+            # Products this small are no faster in fewer bits, and softmax is slower.
+            dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+            q, k, v = (cells.gather(x).to(wide) for cells, x in ((plan.queries, q), (plan.keys, k), (plan.keys, v)))
             out = torch.empty_like(q)
             kept = _keep_masks(plan, dropout, q)
             weights: list[Tensor] = []
@@ -197,7 +199,7 @@ class _Bucketed(torch.autograd.Function):
         ctx.plan = plan
         ctx.like_bias = by_position if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(q, k, v, *weights, *kept)
-        return plan.queries.scatter(out, plan.heads)
+        return plan.queries.scatter(out.to(dtype), plan.heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,7 +210,7 @@ class _Bucketed(torch.autograd.Function):
         q, k, v, *rest = ctx.saved_tensors
         weights, kept = rest[: len(plan.buckets)], rest[len(plan.buckets) :]
         # With nothing flowing into a query at padding, nothing flows out of it; keys at padding have weight 0.
-        grad = plan.queries.gather(grad).index_fill_(0, plan.queries.padding, 0)
+        dtype, grad = grad.dtype, plan.queries.gather(grad).to(q.dtype).index_fill_(0, plan.queries.padding, 0)
         to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         to_bias = None if ctx.like_bias is None else torch.zeros_like(ctx.like_bias)
         sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(grad), strict=True)
@@ -228,9 +230,9 @@ class _Bucketed(torch.autograd.Function):
             _scaled(to_scores, qs, out=to_ks, dim=qs.shape[-1])
         heads = plan.heads
         to_q, to_k, to_v = (
-            plan.queries.scatter(to_q, heads),
-            plan.keys.scatter(to_k, heads),
-            plan.keys.scatter(to_v, heads),
+            plan.queries.scatter(to_q.to(dtype), heads),
+            plan.keys.scatter(to_k.to(dtype), heads),
+            plan.keys.scatter(to_v.to(dtype), heads),
         )
         return to_q, to_k, to_v, None if to_bias is None else to_bias.transpose(1, 2), None, None
 

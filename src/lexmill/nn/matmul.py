@@ -4,6 +4,9 @@
 memory, adds the bias on the way, and is 10 to 20 % faster at an encoder's shapes; `docs/log.md` has the figures. The
 product for the weight's gradient is MKL's in both.
 
+Under `autocast` to bfloat16, on a CPU that multiplies it, all products are oneDNN's too. torch's own linear layer would
+copy each weight's gradient out of a transposed matrix, which takes longer than its product.
+
 A model that only answers can have its weights `pack`ed: laid out beforehand as oneDNN's kernels read them.
 """
 
@@ -31,6 +34,12 @@ def _onednn_is_faster() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+@cache
+def _has_bf16() -> bool:
+    """Whether this is a CPU with products of bfloat16 that sum in float32."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+
+
 def fitting_rows(rows: int, device: torch.device) -> int:
     """The least number of rows, no smaller than this, that products should have.
 
@@ -54,6 +63,14 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether it is the faster one, of a weight as it lies in memory."""
     return _is_plain(x, weight) and len(x) >= _FEWEST_ROWS
+
+
+def _is_reduced(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of full-precision weights shall be made in bfloat16, and oneDNN's is the one to take."""
+    wanted = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not wanted or x.device.type != "cpu" or weight.dtype != torch.float32 or x.dim() != 2 or len(x) == 0:
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16) and _has_bf16() and not torch.compiler.is_compiling()
 
 
 def pack(weight: Float[Tensor, "out in"], rows: int) -> bool:
@@ -89,6 +106,8 @@ def linear(
     packed = _packed(x, weight)
     if packed is not None:
         return _product(x, packed, bias)
+    if _is_reduced(x, weight):
+        return _Bf16Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
     if not _fits(x, weight):
         return F.linear(x, weight, bias)
     return _OneDnnLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
@@ -132,4 +151,29 @@ class _OneDnnLinear(torch.autograd.Function):
             _product(grad, weight.t(), None) if to_x else None,
             grad.t() @ x if to_weight else None,
             grad.sum(0) if to_bias else None,
+        )
+
+
+class _Bf16Linear(torch.autograd.Function):
+    """Both factors rounded to bfloat16, sums in float32, the result rounded; gradients likewise, but in float32 in the
+    end where the weight is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        reduced, rounded = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(reduced, rounded)
+        ctx.x_dtype = x.dtype
+        return _product(reduced, rounded, None if bias is None else bias.bfloat16())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        reduced, rounded = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            _product(grad, rounded.t(), None).to(ctx.x_dtype) if to_x else None,
+            (grad.t() @ reduced).float() if to_weight else None,
+            grad.sum(0, dtype=torch.float32) if to_bias else None,
         )

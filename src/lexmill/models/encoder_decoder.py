@@ -40,8 +40,8 @@ class Memory:
         """The memory of these sources in this order, which may come up several times; without `known` if packed."""
         if isinstance(self.layout, Dense):
             index = sources.to(self.hidden.device)
-            known = tuple((k[index], v[index]) for k, v in self.known)
-            return Memory(self.hidden[index], Dense(self.layout.mask[index]), known)
+            known = tuple((k.index_select(0, index), v.index_select(0, index)) for k, v in self.known)
+            return Memory(self.hidden.index_select(0, index), Dense(self.layout.mask[index]), known)
         rows = self.layout.rows_of(sources).to(self.hidden.device)
         return Memory(self.hidden.index_select(0, rows), Packed.of(self.layout.lengths[sources], self.layout.device))
 

@@ -52,7 +52,7 @@ def attend(
             return _attend_dense(q, k, v, q_layout, k_layout, rule, bias, dropout)
         if q_layout.num_tokens == q_layout.num_sequences * q_layout.max_length:
             side = q.view(q_layout.num_sequences, q_layout.max_length, *q.shape[1:])
-            full = Dense(k_layout.mask.new_ones(side.shape[:2]))
+            full = Dense(k_layout.mask.new_ones(side.shape[:2]), full=True)
             return _attend_dense(side, k, v, full, k_layout, rule, bias, dropout).flatten(0, 1)
         k, v = k[k_layout.mask], v[k_layout.mask]
         k_layout = Packed.of(k_layout.lengths.cpu(), k_layout.mask.device)
@@ -128,17 +128,27 @@ def _attend_padded(
 def _attend_dense(
     q: Tensor, k: Tensor, v: Tensor, q_layout: Dense, k_layout: Dense, rule: Rule, bias: Tensor | None, dropout: float
 ) -> Tensor:
+    if q_layout.full and k_layout.full:
+        mask = _group_mask(q.shape[1], k.shape[1], rule, bias, q)
+    elif q_layout.full:
+        of = q.shape[1], rule, bias
+        mask = k_layout.seen_by(of, lambda: _dense_mask(q_layout, k_layout, rule, bias))
+    else:
+        mask = _dense_mask(q_layout, k_layout, rule, bias)
+    out = _softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout)
+    return out.transpose(1, 2)
+
+
+def _dense_mask(
+    q_layout: Dense, k_layout: Dense, rule: Rule, bias: Float[Tensor, "head q_pos k_pos"] | None
+) -> Bool[Tensor, "seq 1 q k"] | Float[Tensor, "seq head q k"]:
+    q_len, k_len, device = q_layout.mask.shape[1], k_layout.mask.shape[1], k_layout.mask.device
     last = (k_layout.lengths - 1).unsqueeze(-1)
     offset = last + 1 - q_layout.lengths.unsqueeze(-1) if rule.align == "end" else torch.zeros_like(last)
     # A query at padding is taken for one at its sequence's end: with no key in its window it would turn into NaN.
-    q_pos = torch.minimum(offset + torch.arange(q.shape[1], device=q.device), last)
-    seen = k_layout.mask[:, None] & rule.visible(q_pos, torch.arange(k.shape[1], device=q.device))
-    mask = seen.unsqueeze(1)
-    if bias is not None:
-        chosen = bias[:, q_pos, : k.shape[1]].transpose(0, 1)
-        mask = chosen.masked_fill(~mask, -math.inf)
-    out = _softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout)
-    return out.transpose(1, 2)
+    q_pos = torch.minimum(offset + torch.arange(q_len, device=device), last)
+    seen = (k_layout.mask[:, None] & rule.visible(q_pos, torch.arange(k_len, device=device))).unsqueeze(1)
+    return seen if bias is None else bias[:, q_pos, :k_len].transpose(0, 1).masked_fill(~seen, -math.inf)
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,9 @@ class KVCache(Cache):
         if int(self.lengths.max()) == 0:
             self.key_layout = layout
         else:
-            mask = torch.arange(int(self._after.max())) < self._after[:, None]
-            self.key_layout = Dense(mask.to(self.device))
+            shortest, longest = (int(length) for length in self._after.aminmax())
+            mask = torch.arange(longest) < self._after[:, None]
+            self.key_layout = Dense(mask.to(self.device), full=shortest == longest)
 
     @property
     def is_empty(self) -> bool:
@@ -100,10 +101,10 @@ class KVCache(Cache):
 
     def keep(self, sequences: Int[Tensor, "kept"]) -> None:
         """Go on with these sequences only."""
+        index, filled = sequences.to(self.device), int(self.lengths.max())
         self.lengths = self.lengths[sequences]
-        index = sequences.to(self.device)
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            layer.keys, layer.values = (_chosen(stored, index, filled) for stored in (layer.keys, layer.values))
 
     def _reserve(self, needed: int) -> None:
         if needed <= self.capacity:
@@ -115,6 +116,17 @@ class KVCache(Cache):
             layer.keys = torch.cat([layer.keys, extra], 1)
             layer.values = torch.cat([layer.values, extra], 1)
         self.capacity = grown
+
+
+def _chosen(
+    stored: Float[Tensor, "seq capacity kv_head dim"], index: Int[Tensor, "kept"], filled: int
+) -> Float[Tensor, "kept capacity kv_head dim"]:
+    """These sequences in the place of the first ones, where there are so many; only what is filled moves."""
+    moved = stored[:, :filled].index_select(0, index)
+    fits = len(index) <= len(stored)
+    out = stored[: len(index)] if fits else stored.new_zeros(len(index), *stored.shape[1:])
+    out[:, :filled] = moved
+    return out
 
 
 class RecurrentCache(Cache):

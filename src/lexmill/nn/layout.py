@@ -167,9 +167,20 @@ class Dense:
     """Sequences side by side in `[seq, len, dim]`, padded at the right; `mask` is True at real tokens.
 
     For ONNX, per-example gradients, and as the slow, obvious oracle of the packed path.
+
+    Args:
+        full: whether it is known that there is no padding.
     """
 
     mask: Bool[Tensor, "seq len"]
+    full: bool = False
+    _seen: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor], init=False, repr=False)
+
+    def seen_by(self, queries: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What attention worked out once of which of these keys are seen by such queries, for all layers."""
+        if queries not in self._seen:
+            self._seen[queries] = make()
+        return self._seen[queries]
 
     @cached_property
     def lengths(self) -> Int[Tensor, "seq"]:

@@ -25,7 +25,7 @@ def test_a_packed_weight_gives_the_same_products(rows, biased):
     x = torch.randn(rows, 32)
     assert matmul.pack(weight, 64)
     with torch.no_grad():
-        assert matmul._packed(x, weight) is not None
+        assert matmul._packed(weight, torch.float32) is not None
         found = matmul.linear(x, weight, bias if biased else None)
         active = matmul.activated(x, weight, bias if biased else None, "gelu")
         assert active is not None
@@ -41,7 +41,7 @@ def test_a_weight_that_was_written_to_is_taken_as_it_is_now():
     matmul.pack(weight, 64)
     with torch.no_grad():
         weight.mul_(2)
-        assert matmul._packed(x, weight) is None
+        assert matmul._packed(weight, torch.float32) is None
         torch.testing.assert_close(matmul.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -93,3 +93,24 @@ def test_products_in_bfloat16_round_as_autocast_does_and_so_do_their_gradients(r
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
     assert 0 < float((found[0] - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_that_is_not_trained_hands_gradients_on(dtype):
+    weight, bias = weights()
+    weight.requires_grad_(requires_grad=False)
+    bias.requires_grad_()
+    x = torch.randn(16, 32, requires_grad=True)
+    found: list[list[torch.Tensor]] = []
+    for packed in (False, True):
+        if packed and not matmul.pack(weight, 64, dtype=dtype, training=True):
+            pytest.skip("this CPU does not multiply bfloat16")
+        x.grad = bias.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = matmul.linear(x, weight, bias)
+            assert (matmul._packed(weight, dtype) is not None) == packed
+        y.float().square().sum().backward()
+        found.append([y.detach().float(), x.grad, bias.grad])
+    for plain, of_packed in zip(*found, strict=True):
+        torch.testing.assert_close(of_packed, plain, rtol=1e-2, atol=1e-4 * float(plain.abs().max()))

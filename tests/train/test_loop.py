@@ -13,6 +13,8 @@ from tests.train.parts import InMemory, classifier, rows, tiny_bert, tokenizer
 
 from lexmill.errors import Failure, UserError
 from lexmill.models import Model
+from lexmill.nn import matmul
+from lexmill.nn.linear import Linear
 from lexmill.train import Store, TrainConfig, Trainer
 
 CONFIG = TrainConfig(epochs=2, batch_size=8, learning_rate=1e-3)
@@ -118,6 +120,26 @@ def test_bf16_runs_and_stays_close_to_fp32() -> None:
         runs.append([event["loss"] for event in events])
     assert runs[0] != runs[1]
     assert runs[1] == pytest.approx(runs[0], rel=0.02)
+
+
+@pytest.mark.skipif(not matmul._onednn_is_faster(), reason="this CPU's products are MKL's")
+def test_weights_that_stay_as_they_are_are_packed_and_again_after_resuming(tmp_path: Path) -> None:
+    def run() -> Trainer:
+        model = tiny_bert()
+        for layer in model.trunk.layers[:1]:
+            layer.requires_grad_(requires_grad=False)
+        return trainer(store=Store(tmp_path), model=model)
+
+    first = run()
+    first.run(lambda _: None)
+    again = run()
+    assert again.resume()
+    for found in (first, again):
+        layers = [layer for layer in found.model.modules() if isinstance(layer, Linear)]
+        held = [matmul._copies(layer.weight) for layer in layers]
+        assert [bool(copies) for copies in held] == [not layer.weight.requires_grad for layer in layers]
+        for layer, copies in zip(layers, held, strict=True):
+            assert all(copy.version == layer.weight._version for copy in copies.values())
 
 
 def test_a_loss_that_is_not_finite_is_a_failure_that_says_where() -> None:

@@ -90,11 +90,19 @@ class Linear(nn.Linear):
         return dense
 
 
-def pack(model: nn.Module, rows: int) -> None:
-    """Lay the matrices of all linear layers out for products of about so many rows, where that gains; see `matmul`."""
-    for layer in model.modules():
-        if isinstance(layer, Linear) and layer.quantised is None:
-            matmul.pack(layer.weight, rows)
+def pack(model: nn.Module, rows: int, *, dtype: torch.dtype = torch.float32, training: bool = False) -> int:
+    """Lay the matrices of linear layers out for products of about so many rows, where that gains; see `matmul.pack`.
+
+    Args:
+        dtype: the precision of the products.
+        training: only those that are not trained, for both directions.
+
+    Returns:
+        How many were.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and layer.quantised is None]
+    chosen = [layer.weight for layer in layers if not (training and layer.weight.requires_grad)]
+    return sum(matmul.pack(weight, rows, dtype=dtype, training=training) for weight in chosen)
 
 
 def has_bias(layer: nn.Linear) -> bool:

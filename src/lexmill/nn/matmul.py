@@ -7,13 +7,15 @@ product for the weight's gradient is MKL's in both.
 Under `autocast` to bfloat16, on a CPU that multiplies it, all products are oneDNN's too. torch's own linear layer would
 copy each weight's gradient out of a transposed matrix, which takes longer than its product.
 
-A model that only answers can have its weights `pack`ed: laid out beforehand as oneDNN's kernels read them.
+Weights that are not being trained can be `pack`ed: laid out beforehand as oneDNN's kernels read them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -24,8 +26,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _FEWEST_ROWS = 8
 _ROW_STEPS = 64
 """Numbers of rows used between a power of two and the next."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight as oneDNN's kernels read it: as it was at a `version`, and, for gradients of the input, turned."""
+
+    version: int
+    forward: Tensor
+    backward: Tensor | None
+
+
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By weight: its version when it was packed, and the packed copy."""
+"""By weight, and by the precision of the product."""
 
 
 @cache
@@ -52,65 +65,73 @@ def fitting_rows(rows: int, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product could be taken."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 and len(x) > 0
-    if not plain or torch.is_autocast_enabled("cpu") or not _onednn_is_faster():
-        return False
-    return not torch.compiler.is_compiling()
-
-
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is the faster one, of a weight as it lies in memory."""
-    return _is_plain(x, weight) and len(x) >= _FEWEST_ROWS
-
-
-def _is_reduced(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of full-precision weights shall be made in bfloat16, and oneDNN's is the one to take."""
-    wanted = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not wanted or x.device.type != "cpu" or weight.dtype != torch.float32 or x.dim() != 2 or len(x) == 0:
-        return False
-    return x.dtype in (torch.float32, torch.bfloat16) and _has_bf16() and not torch.compiler.is_compiling()
-
-
-def pack(weight: Float[Tensor, "out in"], rows: int) -> bool:
-    """Keep a second copy of a weight as oneDNN's kernels read it; products without a gradient take it from now on.
+def pack(
+    weight: Float[Tensor, "out in"], rows: int, *, dtype: torch.dtype = torch.float32, training: bool = False
+) -> bool:
+    """Keep a copy of a weight as oneDNN's kernels read it, for products that want no gradient of the weight.
 
     It is no longer taken once the weight is written to, and goes when the weight goes.
 
     Args:
         rows: of the products that it shall be best for; others are right too.
+        dtype: the precision of the products.
+        training: keep a second one, for gradients of the input.
 
     Returns:
         Whether it was packed: only where oneDNN's products would be the faster ones.
     """
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not _onednn_is_faster():
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not _multiplies(dtype):
         return False
     with torch.no_grad():
-        _PACKED[weight] = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        plain = weight.detach().to(dtype)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        backward = reorder(plain.t().contiguous(), rows) if training else None
+        found = _Packed(weight._version, reorder(plain, rows), backward)
+    _PACKED[weight] = {**_copies(weight), dtype: found}
     return True
 
 
-def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
-    """The packed copy of a weight, where there is one that still holds and no gradient is wanted."""
-    if torch.is_grad_enabled() or not _is_plain(x, weight) or weight not in _PACKED:
+def _copies(weight: Tensor) -> Mapping[torch.dtype, _Packed]:
+    return cast("Mapping[torch.dtype, _Packed]", _PACKED.get(weight, {}))
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products in this precision are the faster ones."""
+    return _has_bf16() if dtype == torch.bfloat16 else dtype == torch.float32 and _onednn_is_faster()
+
+
+def _precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """That of oneDNN's product of these, or None where torch's own shall be taken."""
+    if x.device.type != "cpu" or x.dim() != 2 or len(x) == 0 or weight.dtype != torch.float32:
         return None
-    version, packed = _PACKED[weight]
-    return packed if version == weight._version else None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    if x.dtype not in (torch.float32, dtype) or not _multiplies(dtype) or torch.compiler.is_compiling():
+        return None
+    return dtype
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> _Packed | None:
+    """The copy of a weight, where there is one that still holds and no gradient of the weight is wanted."""
+    learns = torch.is_grad_enabled()
+    if learns and weight.requires_grad:
+        return None
+    found = _copies(weight).get(dtype)
+    if found is None or found.version != weight._version or (learns and found.backward is None):
+        return None
+    return found
 
 
 def linear(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
 ) -> Float[Tensor, "*rows out"]:
     """What `F.linear` computes, to within rounding."""
-    packed = _packed(x, weight)
-    if packed is not None:
-        return _product(x, packed, bias)
-    if _is_reduced(x, weight):
-        return _Bf16Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
-    if not _fits(x, weight):
+    dtype = _precision(x, weight)
+    if dtype is None:
         return F.linear(x, weight, bias)
-    return _OneDnnLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+    packed = _packed(weight, dtype)
+    if packed is None and dtype == torch.float32 and len(x) < _FEWEST_ROWS:
+        return F.linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias, dtype, packed)  # pyright: ignore[reportReturnType]
 
 
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
@@ -121,59 +142,45 @@ def activated(
     x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None, activation: str
 ) -> Float[Tensor, "*rows out"] | None:
     """An activation of what `linear` gives, in one sweep; None where that takes two, or a gradient is wanted."""
-    if activation not in FUSED or torch.is_grad_enabled():
+    dtype = None if activation not in FUSED or torch.is_grad_enabled() else _precision(x, weight)
+    if dtype is None:
         return None
-    packed = _packed(x, weight)
-    if packed is None and not _fits(x, weight):
+    packed = _packed(weight, dtype)
+    if packed is None and len(x) < _FEWEST_ROWS:
         return None
-    name, kind = FUSED[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, name, [], kind)
+    factor = weight.to(dtype) if packed is None else packed.forward
+    return _product(x.to(dtype), factor, None if bias is None else bias.to(dtype), *FUSED[activation])
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", kind: str = "") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind)
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+    """Both factors rounded to `dtype`, sums in float32, the result rounded. Gradients likewise, those of the weight and
+    the bias in float32 in the end."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        return (
-            _product(grad, weight.t(), None) if to_x else None,
-            grad.t() @ x if to_weight else None,
-            grad.sum(0) if to_bias else None,
-        )
-
-
-class _Bf16Linear(torch.autograd.Function):
-    """Both factors rounded to bfloat16, sums in float32, the result rounded; gradients likewise, but in float32 in the
-    end where the weight is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        reduced, rounded = x.bfloat16(), weight.bfloat16()
-        ctx.save_for_backward(reduced, rounded)
-        ctx.x_dtype = x.dtype
-        return _product(reduced, rounded, None if bias is None else bias.bfloat16())
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, packed: _Packed | None
+    ) -> Tensor:
+        rows, factor = x.to(dtype), weight.to(dtype) if packed is None else packed.forward
+        ctx.packed, ctx.x_dtype = packed, x.dtype
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, factor if packed is None else None)
+        return _product(rows, factor, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        reduced, rounded = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad
+    ) -> tuple[Tensor | None, ...]:
+        rows, factor = ctx.saved_tensors
+        to_x, to_weight, to_bias, _, _ = ctx.needs_input_grad
+        turned = factor.t() if ctx.packed is None else ctx.packed.backward
         return (
-            _product(grad, rounded.t(), None).to(ctx.x_dtype) if to_x else None,
-            (grad.t() @ reduced).float() if to_weight else None,
+            _product(grad, turned, None).to(ctx.x_dtype) if to_x else None,
+            (grad.t() @ rows).float() if to_weight else None,
             grad.sum(0, dtype=torch.float32) if to_bias else None,
+            None,
+            None,
         )

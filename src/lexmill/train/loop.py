@@ -18,6 +18,7 @@ from lexmill.data.packing import micro_batches
 from lexmill.errors import Failure, UserError
 from lexmill.hardware import matmul_rate, peak_memory
 from lexmill.models import Model
+from lexmill.nn.linear import pack
 from lexmill.tasks.base import Task
 from lexmill.train.adversarial import FGM, FreeLB
 from lexmill.train.average import Average
@@ -30,6 +31,9 @@ from lexmill.train.passes import Losses, Passes, RDrop, once, plain
 from lexmill.train.scaling import LossScale
 from lexmill.train.schedule import learning_rate
 from lexmill.train.step import ARITHMETIC, Manner, StepResult, step_seed, train_step
+
+MOST_PACKED = 256 << 20
+"""Bytes: more than this, copies of frozen weights for faster products are not worth their memory."""
 
 
 @dataclass
@@ -125,6 +129,7 @@ class Trainer:
         self.order = _order(data, config)
         self.total_steps = config.epochs * self.order.steps_per_epoch
         self.optimizer = Optimizer(model, config)
+        self._pack_frozen()
         self.average = Average(model, config.ema) if config.ema else None
         self.manner = Manner(config.precision, _passes(config), _losses(config))
         self.progress = Progress(seconds=self.start.seconds, positions=self.start.positions)
@@ -145,7 +150,16 @@ class Trainer:
         if self.companion is not None:
             self.companion.load(saved.group("companion"))
         self.progress = Progress.of(saved.state)
+        self._pack_frozen()
         return True
+
+    def _pack_frozen(self) -> None:
+        """Lay out the weights that stay as they are for products, where that takes little memory."""
+        dtype = ARITHMETIC[self.config.precision]
+        frozen = sum(weight.numel() for weight in self.model.parameters() if not weight.requires_grad)
+        if 2 * frozen * dtype.itemsize <= MOST_PACKED:
+            tokens = float(self.data.lengths.mean()) * self.config.batch_size
+            pack(self.model, round(min(tokens, self.config.token_budget)), dtype=dtype, training=True)
 
     def _save(self) -> None:
         if self.store is None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lexmill.data.batch import IGNORE, Example, Tokens
-from lexmill.data.blocks import run_together
+from lexmill.data.blocks import run_together, side_by_side
 
 
 def documents(lengths: list[int]) -> list[Example]:
@@ -53,3 +53,20 @@ def test_documents_are_read_as_blocks_are_wanted() -> None:
 def test_blocks_without_room_are_a_defect() -> None:
     with pytest.raises(ValueError, match="no room"):
         next(run_together(documents([3]), 1, (9,)))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(4, 16), st.booleans())
+def test_blocks_of_texts_side_by_side_hold_every_token_and_no_sequence_holds_two_texts(lengths, size, marked) -> None:
+    first = (-1,) if marked else ()
+    blocks = list(side_by_side(documents(lengths), size, first))
+    parts = [tokens.ids.tolist() for block in blocks for tokens in block.streams["source"]]
+    assert all(part[: len(first)] == list(first) and len(part) > len(first) for part in parts)
+    inner = [part[len(first) :] for part in parts]
+    assert [token for part in inner for token in part] == list(range(sum(lengths)))
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    assert all(len(set(owner[part].tolist())) == 1 for part in inner)
+    words = np.concatenate([block.token_labels["word"] for block in blocks])
+    assert words[words != IGNORE].tolist() == [i % 3 for i in range(sum(lengths))]
+    sizes = [sum(len(tokens.ids) for tokens in block.streams["source"]) for block in blocks]
+    assert max(sizes) <= size
+    assert min(sizes[:-1], default=size) >= size - len(first)

@@ -21,10 +21,12 @@ from lexmill.verify import verify
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 64, "max_position_embeddings": 64}
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 LSTM = {"model_type": "lstm", "embedding_size": 16, "hidden_size": 32, "bidirectional": False, "dropout": 0.1}
 
 
-def directory(folder: Path, config: dict, kind: str = "bpe", special: str | None = None) -> Path:
+def directory(folder: Path, config: dict, special: str | None = None) -> Path:
+    kind = "unigram" if special == "t5" else "bpe"
     data = write_rows(folder.parent / f"{folder.name}.jsonl", rows(300))
     write_tokenizer(data, folder, TokenizerConfig(kind, 400, special))
     (folder / "config.json").write_text(json.dumps(config))
@@ -108,7 +110,8 @@ def test_a_language_model_learns_from_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "special", "objective"), [(GPT2, None, "causal"), (BERT, "roberta", "masked"), (LSTM, None, "causal")]
+    ("config", "special", "objective"),
+    [(GPT2, None, "causal"), (BERT, "roberta", "masked"), (LSTM, None, "causal"), (T5, "t5", "span")],
 )
 def test_a_language_model_from_nothing_verifies(config: dict, special: str | None, objective: str, tmp_path) -> None:
     model = directory(tmp_path / "model", config, special=special)

@@ -178,7 +178,7 @@ def test_the_state_gives_the_same_task_again() -> None:
     [
         (tiny_bert, {"objective": "causal"}, "sees the tokens"),
         (tiny_llama, {"objective": "masked"}, "does not see"),
-        (tiny_llama, {"objective": "span"}, "encoder-decoder"),
+        (tiny_bert, {"objective": "masked", "documents": "separate", "max_length": 4096}, "longer than"),
         (tiny_llama, {"max_length": 4096}, "longer than"),
     ],
 )

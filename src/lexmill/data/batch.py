@@ -74,6 +74,17 @@ class Stream:
     def lengths(self) -> Int[np.ndarray, "seq"]:
         return np.diff(self.offsets)
 
+    def part(self, start: int, stop: int) -> Stream:
+        """Sequences `start` to `stop`, of the same rows of the batch; nothing is `kept`."""
+        begin, end = int(self.offsets[start]), int(self.offsets[stop])
+        return Stream(
+            self.ids[begin:end],
+            self.types[begin:end],
+            self.positions[begin:end],
+            self.offsets[start : stop + 1] - begin,
+            self.example[start:stop],
+        )
+
 
 @dataclass(frozen=True)
 class Batch:

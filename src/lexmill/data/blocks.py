@@ -1,4 +1,4 @@
-"""Documents run together and cut into blocks of equal length, as language models are trained on."""
+"""Documents in blocks of equal length, as language models are trained on: run together, or each a sequence."""
 
 from __future__ import annotations
 
@@ -33,6 +33,39 @@ def run_together(examples: Iterable[Example], size: int, first: Sequence[int] = 
         held = {name: flat[whole:] for name, flat in held.items()}
     if held and len(held[""]):
         yield _block(held, first)
+
+
+def side_by_side(examples: Iterable[Example], size: int, first: Sequence[int] = ()) -> Iterator[Example]:
+    """Fill blocks of at most `size` tokens with documents that do not see each other: a sequence each, or several
+    where one goes on in the next block.
+
+    Args:
+        size: tokens a block, the `first` of every sequence among them.
+        first: tokens that every sequence begins with, which have no labels.
+    """
+    if size <= len(first):
+        raise ValueError(f"blocks of {size} tokens have no room after the first {len(first)}")
+    held: list[Example] = []
+    room = size
+    for example in examples:
+        ids = np.concatenate([tokens.ids for tokens in example.streams["source"]])
+        flat, start = {"": ids, **example.token_labels}, 0
+        while start < len(ids):
+            if room <= len(first):
+                yield _joined(held)
+                held, room = [], size
+            stop = min(start + room - len(first), len(ids))
+            held.append(_block({name: values[start:stop] for name, values in flat.items()}, first))
+            room -= stop - start + len(first)
+            start = stop
+    if held:
+        yield _joined(held)
+
+
+def _joined(sequences: Sequence[Example]) -> Example:
+    names = sequences[0].token_labels
+    labels = {name: np.concatenate([one.token_labels[name] for one in sequences]) for name in names}
+    return Example({"source": tuple(one.streams["source"][0] for one in sequences)}, token_labels=labels)
 
 
 def _block(part: dict[str, np.ndarray], first: Sequence[int]) -> Example:

@@ -77,9 +77,9 @@ def corrupt_spans(
         sentinels: ids in order of use; there are never more spans than these.
         share: of the tokens that is taken out, in spans of `mean_span` tokens in the mean.
     """
-    hidden = min(max(round(len(ids) * share), 1), max(len(ids) - 1, 1))
+    hidden = _num_hidden(len(ids), share)
     shown = len(ids) - hidden
-    spans = min(max(round(hidden / mean_span), 1), hidden, max(shown, 1), len(sentinels))
+    spans = min(num_spans(len(ids), share, mean_span), len(sentinels))
     gone = _parts(hidden, spans, key, 0)
     kept = _parts(shown, spans, key, 1)
     source: list[int] = []
@@ -90,6 +90,16 @@ def corrupt_spans(
         target += [sentinel, *ids[at + keep : at + keep + drop].tolist()]
         at += keep + drop
     return np.array([*source, end_id], np.int64), np.array([*target, end_id], np.int64)
+
+
+def num_spans(length: int, share: float, mean_span: float) -> int:
+    """How many spans `corrupt_spans` takes out of a text of `length` tokens, given enough sentinels."""
+    hidden = _num_hidden(length, share)
+    return min(max(round(hidden / mean_span), 1), hidden, max(length - hidden, 1))
+
+
+def _num_hidden(length: int, share: float) -> int:
+    return min(max(round(length * share), 1), max(length - 1, 1))
 
 
 def _parts(total: int, count: int, key: int, stream: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Language modelling on running text, from new weights or from pretrained ones: causal, or with masked tokens."""
+"""Language modelling on running text, from new weights or from pretrained ones: causal, of masked tokens, of spans."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lexmill import metrics
-from lexmill.data.batch import Batch, Example, Stream, Tokens
-from lexmill.data.blocks import run_together
+from lexmill.data.batch import Batch, Example, Stream, Tokens, pack
+from lexmill.data.blocks import run_together, side_by_side
 from lexmill.data.columns import TEXTS, Role
 from lexmill.data.draws import keys as keyed
-from lexmill.data.masking import Masking
+from lexmill.data.masking import Masking, corrupt_spans, num_spans
 from lexmill.errors import UserError
 from lexmill.models import LMHead, Model
 from lexmill.nn.layout import Dense
 from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
+from lexmill.tasks.special_tokens import Known
 
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]")
-_MASKS = ("[MASK]", "<mask>")
-_FIRSTS = ("[CLS]", "<s>")
 _SCORED_AT_ONCE = 4096
 """Tokens of one forward pass where long texts are scored."""
 _ENCODED_AT_ONCE = 1 << 20
@@ -45,30 +43,22 @@ class PretrainOptions:
 
     Args:
         objective: `causal`, each token from those before it; `masked`, hidden tokens from all others (Devlin et al.
-            2019); `span`, spans that were taken out (Raffel et al. 2020), for an encoder-decoder.
+            2019); `span`, spans that were taken out (Raffel et al. 2020, section 3.1.4), for an encoder-decoder.
         max_length: tokens a block: texts are run together and cut into these. Long texts are scored in as many.
-        mask_share: with `masked`, the share of tokens that is hidden, anew each epoch.
+        documents: `joined`, the tokens of a block see all texts in it; `separate`, those of their own text only.
+        mask_share: with `masked` and `span`, the share of tokens that is hidden, anew each epoch.
+        mean_span: with `span`, tokens a span in the mean.
         whole_words: with `masked`, words are hidden whole.
         end_token: the token between texts. Default: the first of the usual ones that the tokenizer knows.
     """
 
     objective: Objective = "causal"
     max_length: Annotated[int, Ge(4)] = 256
+    documents: Literal["joined", "separate"] = "joined"
     mask_share: Annotated[float, Gt(0), Lt(1)] = 0.15
+    mean_span: Annotated[float, Ge(1)] = 3.0
     whole_words: bool = False
     end_token: str | None = None
-
-
-@dataclass(frozen=True)
-class Known:
-    """What must be known of the tokenizer: ids of the end and mask tokens, of what every block begins with, and of all
-    special tokens; -1 for none."""
-
-    end: int
-    mask: int
-    first: tuple[int, ...]
-    special: tuple[int, ...]
-    size: int
 
 
 class PretrainRequest(BaseModel):
@@ -86,7 +76,7 @@ class PretrainAnswer(BaseModel):
     loss: float = Field(description="Nats a scored token, in the mean.")
     perplexity: float
     bits_per_byte: float | None = Field(default=None, description="Of the text in UTF-8; causal models only.")
-    tokens: int = Field(description="Tokens scored: all, or those that were hidden.")
+    tokens: int = Field(description="Tokens scored: all, or those that were hidden, sentinels of spans among them.")
     evidence: dict[str, float] | None = Field(default=None, description="With `raw`.")
 
 
@@ -132,29 +122,18 @@ class Pretrain(Task):
 
     @classmethod
     def from_records(cls, records: Iterable[Record], columns: Mapping[str, str], options: PretrainOptions) -> Self:
-        if options.objective != "masked" and (options.whole_words or options.mask_share != 0.15):
+        if options.objective != "masked" and (options.whole_words or _is_set(options, "mask_share", but="span")):
             raise UserError("nothing is masked", where="options.objective", hint='set objective = "masked"')
+        if _is_set(options, "mean_span", but="span"):
+            raise UserError("no spans are taken out", where="options.mean_span", hint='set objective = "span"')
         return cls({"text": columns["text"]}, options)
 
     def for_tokenizer(self, tokenizer: Tokenizer) -> Self:
         options = self.options
-        end = _first_known(tokenizer, (options.end_token,) if options.end_token else _ENDS)
-        if end is None:
-            hint = "set options.end_token to a token of its own"
-            raise UserError("the tokenizer knows no token that ends a text", where="options.end_token", hint=hint)
-        mask = _first_known(tokenizer, _MASKS)
-        if options.objective == "masked" and mask is None:
-            hint = f"train one that has it, with --special bert, or give a model that has {' or '.join(_MASKS)}"
-            raise UserError("the tokenizer has no mask token", where="tokenizer", hint=hint)
-        first = _first_known(tokenizer, _FIRSTS) if options.objective == "masked" else None
-        special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special} | {end}
-        known = Known(
-            end,
-            -1 if mask is None else mask,
-            () if first is None else (first,),
-            tuple(sorted(special)),
-            tokenizer.get_vocab_size(),
+        spans = (
+            num_spans(options.max_length, options.mask_share, options.mean_span) if options.objective == "span" else 0
         )
+        known = Known.of(tokenizer, end_token=options.end_token, masks=options.objective == "masked", spans=spans)
         return type(self)(self.columns, options, known)
 
     @classmethod
@@ -200,7 +179,12 @@ class Pretrain(Task):
         return Example({"source": tuple(part.streams["source"][0] for part in parts)}, token_labels=labels)
 
     def regroup(self, examples: Iterable[Example]) -> Iterator[Example]:
-        return run_together(map(self._document, examples), self.options.max_length, self.known.first)
+        documents, size, first = map(self._document, examples), self.options.max_length, self.known.first
+        if self.options.documents == "joined":
+            return run_together(documents, size, first)
+        return side_by_side(
+            map(self._foreseen, documents) if self.options.objective == "causal" else documents, size, first
+        )
 
     def _document(self, windows: Example) -> Example:
         """The inverse of `_windows`, without an end token before the text: that of the text before stands there."""
@@ -211,10 +195,19 @@ class Pretrain(Task):
         words = {name: flat[real][leading:] for name, flat in windows.token_labels.items()}
         return Example({"source": (Tokens(ids),)}, token_labels=words)
 
+    def _foreseen(self, document: Example) -> Example:
+        """A text of which each token, the first and the end among them, is the label of what stands before it."""
+        ids = document.streams["source"][0].ids
+        return Example({"source": (Tokens(np.append(self.known.end, ids[:-1])),)}, token_labels={"lm": ids})
+
     def draw(self, batch: Batch, keys: UInt64[np.ndarray, "example"]) -> Batch:
+        if self.options.objective == "span":
+            return self._without_spans(batch, keys)
         stream = batch.streams["source"]
         example = np.repeat(stream.example, stream.lengths)
         if self.options.objective == "causal":
+            if "lm" in batch.labels:
+                return batch
             follows = np.append(example[1:] == example[:-1], False)
             labels = np.where(follows, np.append(stream.ids[1:], 0), 0)
             return replace(batch, labels={"lm": labels}, masks={"lm": follows})
@@ -234,12 +227,33 @@ class Pretrain(Task):
             masks={"lm": chosen},
         )
 
+    def _without_spans(self, batch: Batch, keys: UInt64[np.ndarray, "example"]) -> Batch:
+        stream, options = batch.streams["source"], self.options
+        begins = np.flatnonzero(np.diff(stream.example, prepend=-1))
+        within = (
+            np.arange(len(stream.example))
+            - begins[np.searchsorted(begins, np.arange(len(stream.example)), "right") - 1]
+        )
+        known, parts = self.known, np.split(stream.ids, stream.offsets[1:-1])
+        drawn = [
+            corrupt_spans(
+                ids, int(key), known.sentinels, known.end, share=options.mask_share, mean_span=options.mean_span
+            )
+            for ids, key in zip(parts, keyed(within, 0) ^ keys[stream.example], strict=True)
+        ]
+        source, target = (pack([Tokens(one[side]) for one in drawn], stream.example.tolist()) for side in (0, 1))
+        labels, masks = {"lm": target.ids}, {"lm": np.ones(target.num_tokens, bool)}
+        return replace(batch, streams={"source": source, "target": target}, labels=labels, masks=masks)
+
     # --- the model --------------------------------------------------------------------------------------------
     def attach(self, model: Model) -> None:
         objective, where = self.options.objective, "options.objective"
-        if objective == "span":
+        if objective == "span" and model.trunk.sides == 1:
             hint = 'this one is not; set objective = "causal" or "masked"'
             raise UserError("the span objective needs an encoder-decoder", where=where, hint=hint)
+        if objective != "span" and model.trunk.sides == 2:
+            hint = 'set objective = "span", or start from a model with one side'
+            raise UserError(f"an encoder-decoder does not learn by the {objective} objective", where=where, hint=hint)
         if objective == "causal" and not model.config.causal:
             hint = 'set objective = "masked", or start from a decoder'
             raise UserError("this model sees the tokens that it would have to foresee", where=where, hint=hint)
@@ -256,15 +270,24 @@ class Pretrain(Task):
         """The loss `[item]` of each labelled token. The logits, which would be the largest thing in memory by far, are
         used up on the way."""
         ids, positions, types, layout = arrange(batch.streams["source"], model.device)
-        hidden = model.hidden(ids, positions, layout, types=types)
+        if self.options.objective == "span":
+            memory = model.memory(ids, positions, layout)
+            ids, positions, _, layout = arrange(batch.streams["target"], model.device)
+            hidden = model.decoded(ids, positions, layout, memory)
+        else:
+            hidden = model.hidden(ids, positions, layout, types=types)
         if isinstance(layout, Dense):
             hidden = hidden[layout.mask]
         rows = torch.from_numpy(np.flatnonzero(batch.masks["lm"])).to(hidden.device)
         target = torch.from_numpy(batch.labels["lm"][batch.masks["lm"]]).to(hidden.device)
         return {"lm": cast("LMHead", model.heads["lm"]).losses(hidden.index_select(0, rows), target)}
 
+    def _foretold(self, batch: Batch) -> Stream:
+        """The stream whose tokens the labels are for."""
+        return batch.streams["target" if self.options.objective == "span" else "source"]
+
     def item_weights(self, batch: Batch) -> Mapping[str, np.ndarray]:
-        stream = batch.streams["source"]
+        stream = self._foretold(batch)
         return {"lm": np.repeat(batch.weight[stream.example], stream.lengths)[batch.masks["lm"]]}
 
     def item_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
@@ -285,14 +308,28 @@ class Pretrain(Task):
         for row in range(batch.num_examples):
             texts[row] = stream.ids[np.repeat(stream.example == row, stream.lengths)]
         drawn = self.draw(batch, keyed(np.array([zlib.crc32(ids.tobytes()) for ids in texts])))
-        sequence = np.repeat(np.arange(len(stream.example)), stream.lengths)[drawn.masks["lm"]]
-        losses = [self.forward(model, part)["lm"].double().cpu().numpy() for part in _cut(drawn, _SCORED_AT_ONCE)]
+        sequence = np.repeat(np.arange(len(stream.example)), self._foretold(drawn).lengths)[drawn.masks["lm"]]
+        losses = [self.forward(model, part)["lm"].double().cpu().numpy() for part in self._cut(drawn)]
         count = len(stream.example)
         nll = np.bincount(sequence, np.concatenate([np.zeros(0), *losses]), minlength=count)
         tokens = np.bincount(sequence, minlength=count)
         sizes = [len(str(record[self.columns["text"]]).encode()) for record in records]
         owned = [stream.example == row for row in range(batch.num_examples)]
         return [Score(nll[own], tokens[own], size) for own, size in zip(owned, sizes, strict=True)]
+
+    def _cut(self, batch: Batch) -> Iterator[Batch]:
+        """The sequences of a batch in order, a bounded number of tokens at a time, or one longer sequence alone."""
+        offsets = np.sum([stream.offsets for stream in batch.streams.values()], axis=0)
+        labelled, start = self._foretold(batch).offsets, 0
+        while start < len(offsets) - 1:
+            room = offsets[start] + _SCORED_AT_ONCE
+            stop = max(int(np.searchsorted(offsets, room, side="right")) - 1, start + 1)
+            rows = slice(int(labelled[start]), int(labelled[stop]))
+            labels = {name: flat[rows] for name, flat in batch.labels.items()}
+            masks = {name: flat[rows] for name, flat in batch.masks.items()}
+            streams = {name: stream.part(start, stop) for name, stream in batch.streams.items()}
+            yield Batch(streams, labels, masks, batch.weight)
+            start = stop
 
     def render(self, answer: Score, request: BaseModel | None = None) -> dict[str, Any]:
         shown: dict[str, Any] = {"loss": answer.loss, "perplexity": math.exp(answer.loss)}
@@ -322,10 +359,6 @@ class Pretrain(Task):
         return Metrics({**values, "tokens": float(tokens.sum())}, intervals, {})
 
 
-def _first_known(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
-    return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
-
-
 def _starts(word_ids: Sequence[int | None]) -> list[int]:
     """1 at the first token of each word."""
     return [int(i == 0 or word != word_ids[i - 1]) for i, word in enumerate(word_ids)]
@@ -345,22 +378,6 @@ def _by_size(texts: Sequence[str]) -> Iterator[list[str]]:
         yield part
 
 
-def _cut(batch: Batch, budget: int) -> Iterator[Batch]:
-    """The sequences of a batch in order, as batches of at most `budget` tokens, or one longer sequence alone."""
-    stream = batch.streams["source"]
-    ends, start = stream.offsets[1:], 0
-    while start < len(ends):
-        begin = int(stream.offsets[start])
-        stop = max(int(np.searchsorted(ends, begin + budget, side="right")), start + 1)
-        rows = slice(begin, int(stream.offsets[stop]))
-        part = Stream(
-            stream.ids[rows],
-            stream.types[rows],
-            stream.positions[rows],
-            stream.offsets[start : stop + 1] - begin,
-            stream.example[start:stop],
-        )
-        labels = {name: flat[rows] for name, flat in batch.labels.items()}
-        masks = {name: flat[rows] for name, flat in batch.masks.items()}
-        yield Batch({"source": part}, labels, masks, batch.weight)
-        start = stop
+def _is_set(options: PretrainOptions, name: str, *, but: Objective) -> bool:
+    """Whether an option that acts with one objective alone has been set with another."""
+    return options.objective != but and getattr(options, name) != getattr(PretrainOptions, name)

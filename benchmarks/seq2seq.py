@@ -2,8 +2,9 @@
 
 Both begin with the same weights (3 + 3 layers of 256) and see the same batches, optimiser steps, learning rates and
 share of dropout; `transformers` is trained by a plain loop with dynamic padding. Both are then asked for the test
-sentences by beam search. Lexmill drops hidden states and attention weights; T5 of transformers drops the feed-forward
-layer's inner states and the last hidden state as well.
+sentences by beam search. How fast they answer is measured in turns, with the weights that Lexmill learnt, of which
+`transformers` is given a copy, on the same batches; nearly all answers must be equal. Lexmill drops hidden states and
+attention weights; T5 of transformers drops the feed-forward layer's inner states and the last hidden state as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from lexmill.train import TrainConfig
 from lexmill.train.optimizer import Optimizer
 from lexmill.train.schedule import learning_rate
 from lexmill.train.step import train_step
-from measure import save
+from measure import interleave, ratio, save, table
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "multi30k"
 PEAK, WARMUP, DROPOUT, VOCABULARY = 2e-3, 0.1, 0.1, 8000
@@ -120,34 +121,53 @@ def peer(model: Any, examples: Sequence[Example], plan: Sequence[np.ndarray]) ->
     return sum(map(len, plan)) / seconds
 
 
-def answers(model: Model, task: Seq2Seq, tokenizer: Tokenizer, test: Rows) -> list[str]:
-    engine = TorchEngine(Loaded(task, model, tokenizer))
-    return [answer.text for answer in engine.run([Request({"source": row["source"]}) for row in test])]
+def by_length(examples: Sequence[Example]) -> list[list[int]]:
+    """Batches of neighbours in length."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].streams["source"][0].ids))
+    return [order[start : start + 64] for start in range(0, len(order), 64)]
+
+
+def answers(engine: TorchEngine, examples: Sequence[Example], test: Rows) -> list[str]:
+    found = [""] * len(examples)
+    for rows in by_length(examples):
+        said = engine.run([Request({"source": test[i]["source"]}) for i in rows])
+        for i, answer in zip(rows, said, strict=True):
+            found[i] = answer.text
+    return found
 
 
 @torch.inference_mode()
 def peer_answers(model: Any, examples: Sequence[Example], tokenizer: Tokenizer, beams: int) -> list[str]:
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].streams["source"][0].ids))
     found = [""] * len(examples)
-    for start in range(0, len(order), 64):
-        rows = order[start : start + 64]
+    for rows in by_length(examples):
         source = padded([examples[i] for i in rows], "source", 0)
         said = model.generate(
-            source, attention_mask=(source != 0).long(), num_beams=beams, max_new_tokens=64, do_sample=False
-        )
+            source, attention_mask=(source != 0).long(), num_beams=beams, max_new_tokens=64, do_sample=False,
+            eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
         for i, ids in zip(rows, said.tolist(), strict=True):
             found[i] = tokenizer.decode([token for token in ids if token > 1])
     return found
 
 
-def contestant(name: str, texts: list[str], test: Rows, trained: float, seconds: float) -> dict[str, Any]:
+def answered(answer: Callable[[], list[str]]) -> Callable[[], float]:
+    """A turn of answering; gives answers a second."""
+
+    def turn() -> float:
+        start = time.perf_counter()
+        return len(answer()) / (time.perf_counter() - start)
+
+    return turn
+
+
+def contestant(name: str, texts: list[str], test: Rows, trained: float) -> dict[str, Any]:
     found = text_metrics(texts, [[row["target"]] for row in test])
     (bleu, (low, high)), (chrf, _) = found["bleu"], found["chrf"]
-    rates = f"trained {trained:6.1f} examples/s, answered {len(texts) / seconds:6.1f}/s"
-    print(f"{name:13s} BLEU {bleu:5.2f} (95 % interval {low:.2f} to {high:.2f}), chrF {chrf:5.2f}; {rates}", flush=True)
+    quality = f"BLEU {bleu:5.2f} (95 % interval {low:.2f} to {high:.2f}), chrF {chrf:5.2f}"
+    print(f"{name:13s} {quality}; trained {trained:6.1f} examples/s", flush=True)
     return {
         "bleu": bleu, "bleu_interval": [low, high], "chrf": chrf, "examples_per_second": trained,
-        "answers_per_second": len(texts) / seconds, "sample": texts[:3],
+        "sample": texts[:3],
     }  # fmt: skip
 
 
@@ -158,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=None, help="training rows; all where not given")
     parser.add_argument("--test-rows", type=int, default=None)
     parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="of answering")
     arguments = parser.parse_args()
     from transformers import T5ForConditionalGeneration
 
@@ -175,17 +196,36 @@ def main() -> None:
         theirs = T5ForConditionalGeneration.from_pretrained(folder)
     figures: dict[str, Any] = {"steps": arguments.steps, "batch_size": arguments.batch_size, "beams": arguments.beams}
 
-    trained, start = lexmill(ours, task, examples, plan), time.perf_counter()
-    texts = answers(ours, task, tokenizer, test)
-    figures["lexmill"] = contestant("lexmill", texts, test, trained, time.perf_counter() - start)
+    asked = task.encode(test, tokenizer, labelled=False)
+    trained = lexmill(ours, task, examples, plan)
+    engine = TorchEngine(Loaded(task, ours, tokenizer))
+    texts = answers(engine, asked, test)
+    figures["lexmill"] = contestant("lexmill", texts, test, trained)
 
     trained = peer(theirs, examples, plan)
-    asked, start = task.encode(test, tokenizer, labelled=False), time.perf_counter()
-    texts = peer_answers(theirs, asked, tokenizer, arguments.beams)
-    figures["transformers"] = contestant("transformers", texts, test, trained, time.perf_counter() - start)
+    said = peer_answers(theirs, asked, tokenizer, arguments.beams)
+    figures["transformers"] = contestant("transformers", said, test, trained)
 
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(ours, folder)
+        copy = T5ForConditionalGeneration.from_pretrained(folder).eval()
+    said = peer_answers(copy, asked, tokenizer, arguments.beams)
+    equal = sum(a == b for a, b in zip(texts, said, strict=True)) / len(texts)
+    print(f"equal answers, given the same weights: {equal:.1%}", flush=True)
+    assert equal >= 0.98
+    rates = interleave(
+        {
+            "lexmill": answered(lambda: answers(engine, asked, test)),
+            "transformers": answered(lambda: peer_answers(copy, asked, tokenizer, arguments.beams)),
+        },
+        arguments.rounds,
+    )
+    table(rates, "answers/s")
+    figures |= {"answers_per_second": rates, "equal_answers": equal}
+    figures["times_answers_per_second"] = ratio(rates, "lexmill", "transformers")
+    speeds = [figures[name]["examples_per_second"] for name in ("lexmill", "transformers")]
+    figures["times_examples_per_second"] = speeds[0] / speeds[1]
     for what in ("examples_per_second", "answers_per_second"):
-        figures[f"times_{what}"] = figures["lexmill"][what] / figures["transformers"][what]
         print(f"{what}: {figures[f'times_{what}']:.2f}x", flush=True)
     save("seq2seq", figures)
 

@@ -39,10 +39,11 @@ from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, Subset, ask_first, examples, fingerprints, held_out, prepare, records
 from lexmill.fit.record import record_inputs
-from lexmill.hardware import describe, device, keep_heap
+from lexmill.hardware import describe, device, keep_heap, multiplies_fast
 from lexmill.models import Model
 from lexmill.monitor import Fanout, JsonlSink, Sink, open_trackers, read_events
 from lexmill.train import HeadStart, Store, Trainer, TrainResult
+from lexmill.train.step import ARITHMETIC
 
 CARD_FILE = "card.md"
 EVENTS_FILE = "run/events.jsonl"
@@ -133,6 +134,8 @@ def fit(
     begun.model.to(where)
     if where.type != "cpu":
         watch.note(f"training on {where}: {describe()['cuda']}")
+    if not multiplies_fast(ARITHMETIC[config.train.precision], where):
+        watch.note(f"this CPU has no {config.train.precision} products: the run will be many times slower than in fp32")
     check_vocabulary(prepared.tokenizer, begun.model.config.vocab_size, where=str(prepared.model_directory))
     prepared = ask_first(prepared, begun.model)
     with create(out, resume=resume) as writer:

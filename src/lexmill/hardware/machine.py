@@ -25,6 +25,15 @@ def describe() -> dict[str, str | int]:
     }
 
 
+def multiplies_fast(dtype: torch.dtype, where: torch.device) -> bool:
+    """Whether this device has products of that precision; a CPU without them emulates them many times slower."""
+    if where.type != "cpu" or dtype == torch.float32:
+        return True
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+    return dtype == torch.float16 and torch.cpu._is_amx_fp16_supported()  # pyright: ignore[reportPrivateUsage]
+
+
 def peak_memory() -> int:
     """The most memory this process has held, in bytes: on a GPU what torch reserved there, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -415,6 +415,42 @@ def label(
     return label(model.engine, Path(data), Path(out), min_score, encoding=encoding, skip_bad=skip_bad)
 
 
+def mine(
+    model: Path | str,
+    data: Path | str,
+    *,
+    out: Path | str,
+    negatives: int = 4,
+    skip_top: int = 0,
+    margin: float = 0.05,
+    column: Mapping[str, str] | None = None,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Find hard negatives for pairs that belong together, so that `fit` learns `embed` from them.
+
+    Args:
+        model: an artefact of the task `embed`, or a pretrained model as `fit` takes it.
+        out: JSON lines with the rows of `data`, and the negatives of each as a list; must not exist.
+        negatives: the most a row gets, of the passages in `data` that are most similar to its query.
+        skip_top: so many of the most similar are passed over, and all whose cosine is not below that of the row's own
+            passage by the share `margin` (Moreira et al. 2024).
+        column: columns by role; guessed otherwise.
+
+    Returns:
+        How many `rows` and distinct `passages` there are, how many negatives were `mined`, and how many rows are
+        `short` of them.
+    """
+    from lexmill.learn.mine import Mining, mine
+
+    mining = Mining(negatives, skip_top, margin)
+    return mine(
+        str(model), Path(data), Path(out), mining, columns=column or {}, encoding=encoding, skip_bad=skip_bad,
+        watch=watch,
+    )  # fmt: skip
+
+
 def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], None] | None = None) -> Imported:
     """Make a Hugging Face directory of a GGUF file; `fit` takes it as its model.
 

@@ -27,6 +27,7 @@ VERBS = {
     "check": ("data", "Look at data before training on it."),
     "augment": ("data", "Make more rows of those there are."),
     "label": ("learn", "Label rows with a model, where it is sure."),
+    "mine": ("learn", "Find hard negatives for pairs of texts."),
     "evaluate": ("run", "Score a model on labelled data, with confidence intervals."),
     "compare": ("run", "Compare two models on the same labelled rows."),
     "predict": ("run", "Answer rows as a stream, one JSON object a line."),

@@ -1,4 +1,4 @@
-"""`lexmill search` and `lexmill label`."""
+"""`lexmill search`, `lexmill label` and `lexmill mine`."""
 
 from __future__ import annotations
 
@@ -67,3 +67,31 @@ def label(
     )
     said = f"{found['labelled']:,} of {found['rows']:,} rows labelled, {len(found['labels']):,} labels; wrote {out}"
     output.show(found if json else [said], json=json)
+
+
+def mine(
+    model: Annotated[str, typer.Argument(help="An artefact of the task embed, a Hugging Face directory, or minilm.")],
+    data: Annotated[Path, typer.Argument(help="Pairs of texts: CSV, TSV, JSONL (.gz, .xz), Parquet.")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write; must not exist.")],
+    negatives: Annotated[int, typer.Option(help="The most a row gets.", min=1)] = 4,
+    skip_top: Annotated[int, typer.Option(help="Pass over so many of the most similar.", min=0)] = 0,
+    margin: Annotated[
+        float, typer.Option(help="Share by which a negative's cosine is below that of the row's own passage.")
+    ] = 0.05,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="As for fit; guessed otherwise.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Find hard negatives for pairs of texts. What it writes, fit learns embed from."""
+    from lexmill import api
+
+    found = api.mine(
+        model, data, out=out, negatives=negatives, skip_top=skip_top, margin=margin, column=output.columns(column),
+        encoding=encoding, skip_bad=skip_bad, watch=output.watch(quiet=quiet or json),
+    )  # fmt: skip
+    said = f"{found['mined']:,} negatives for {found['rows']:,} rows, of which {found['short']:,} have fewer than asked"
+    output.show(found if json else [said, f"wrote {out}"], json=json)

@@ -1,4 +1,4 @@
-"""Learning beyond one run: the search for good settings."""
+"""Learning beyond one run: the search for good settings, labels and hard negatives from models."""
 
 from lexmill.learn.search import SearchResult, search
 from lexmill.learn.space import Range, Space, parse_space

@@ -153,9 +153,10 @@ class Embed(Task):
         pair = text_in(record, self.columns["text_pair"])
         if "score" in self.columns:
             return [query + own, query + pair]
-        return [query + own, *(passage + text for text in (pair, *self._negatives(record)))]
+        return [query + own, *(passage + text for text in (pair, *self.negatives(record)))]
 
-    def _negatives(self, record: Record) -> list[str]:
+    def negatives(self, record: Record) -> list[str]:
+        """The wrong answers that a record holds."""
         given = record.get(self.columns["negatives"]) if "negatives" in self.columns else None
         found = [given] if isinstance(given, str) else list(given or ())
         return [str(text) for text in found if text]

@@ -103,6 +103,27 @@ def test_a_stored_classifier_gives_the_logits_of_transformers_and_goes_back(name
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_token_classifier_we_saved_loads_in_transformers_with_the_same_logits(name, tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    torch.manual_seed(5)
+    ours = load(stored(reference(ALL[name][0], **ALL[name][1]), tmp_path / "in"))
+    ours.add_token_classifier("tags", 3)
+    (tmp_path / "out").mkdir()
+    save(ours, tmp_path / "out", labels=["O", "B-x", "I-x"])
+    theirs, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert all("pooler" in spare for spare in report["unexpected_keys"])  # the source's own, kept
+    assert theirs.config.id2label == {0: "O", 1: "B-x", 2: "I-x"}
+    texts, told, types = texts_for(theirs)
+    with torch.no_grad():
+        expected = texts.rows(theirs.eval()(texts.dense_ids, attention_mask=texts.mask, **told).logits)
+        assert gap(ours.eval()(*texts.packed, types=types)["tags"], expected) <= 1e-5
+        again = load(tmp_path / "out")
+        assert torch.equal(again(*texts.packed, types=types)["tags"], ours(*texts.packed, types=types)["tags"])
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_training_gradients_of_packed_equal_those_of_dense(name, tmp_path):
     torch.manual_seed(4)
     theirs = reference(ALL[name][0], **ALL[name][1])

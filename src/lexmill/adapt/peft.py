@@ -20,7 +20,7 @@ from lexmill.nn.lora import LoraLinear, LowRank
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
-TASKS = {"classifier": "SEQ_CLS", "lm": "CAUSAL_LM"}
+TASKS = {"classifier": "SEQ_CLS", "token_classifier": "TOKEN_CLS", "lm": "CAUSAL_LM"}
 
 
 def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) -> None:

@@ -154,7 +154,7 @@ def check(
     return DataReport(parts["train"], parts.get("test"), parts.get("validation"), columns, tuple(findings))
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """The text of a cell; a list is one of words."""
     if isinstance(value, list):
         return " ".join(map(str, cast("list[Any]", value)))
@@ -222,7 +222,7 @@ class _Scan:
                 self._count_tokens(chunk, texts, tokenizer)
 
     def _texts(self, row: Row) -> tuple[str, ...]:
-        values = ((column, _plain(row.values.get(column))) for column in self.columns.texts)
+        values = ((column, plain(row.values.get(column))) for column in self.columns.texts)
         return tuple(value for column, value in values if value.strip() or column not in self.columns.may_be_empty)
 
     def where(self, row: Row) -> str:

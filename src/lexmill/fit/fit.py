@@ -247,8 +247,10 @@ class _Run:
         return Fanout(*open_trackers(config.track.to, folder, out.name, settings, last_step=last_step))
 
     def _began(self) -> dict[str, float]:
-        """What was made for this run that others find ready."""
-        made = {"new_weights": float(self.begun.new)} if self.prepared.anew else {}
+        """What the task saw in the training rows, and what was made for this run that others find ready."""
+        made = {code: float(count) for code, count in self.prepared.seen.items()}
+        if self.prepared.anew:
+            made["new_weights"] = float(self.begun.new)
         if self.prepared.trained_tokenizer:
             made["trained_tokens"] = float(self.prepared.tokenizer.get_vocab_size())
         return made

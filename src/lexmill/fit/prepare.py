@@ -6,8 +6,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -27,7 +28,7 @@ from lexmill.data import (
     find_columns,
     open_source,
 )  # fmt: skip
-from lexmill.data.check import DataReport, check
+from lexmill.data.check import DataReport, Finding, check, plain
 from lexmill.data.tokenizer import FILES, fingerprint, load_tokenizer
 from lexmill.data.tokenizer_training import save_tokenizer, train_tokenizer
 from lexmill.errors import UserError
@@ -35,6 +36,8 @@ from lexmill.fit.config import TRAINED_TOKENIZER, DataConfig, FitConfig
 from lexmill.fit.model import begins_anew, model_directory
 from lexmill.models import Model
 from lexmill.tasks import Record, Task, Wants, find
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Sources:
     train: Source
     validation: Source | None
     test: Source | None
+
+    def all(self) -> list[Source]:
+        return [source for source in (self.train, self.validation, self.test) if source is not None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Prepared:
         max_tokens: where its task cuts texts.
         calibrates: whether the task learns from validation rows after training.
         regroups: whether training examples are not rows; see `Wants`.
+        seen: what the task found in the training rows, by code: how many of what that says.
     """
 
     config: FitConfig
@@ -70,6 +77,7 @@ class Prepared:
     max_tokens: int | None
     calibrates: bool
     regroups: bool
+    seen: Mapping[str, int]
 
     @property
     def trained_tokenizer(self) -> bool:
@@ -128,10 +136,13 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
         if finding.severity == "error":
             raise UserError(finding.message, where=finding.path, hint="; ".join(finding.examples) or None)
     task = _learn(task_type, sources.train, columns, options).for_tokenizer(tokenizer)
+    remarks = {source: _inspect(task, source) for source in sources.all()}
+    report = replace(report, findings=(*report.findings, *chain.from_iterable(remarks.values())))
+    seen = {finding.code: finding.count for finding in remarks[sources.train]}
     _refuse_nothing_apart(wants, config, report)
     return Prepared(
         config, directory, anew, files, sources, columns, report, tokenizer, task, wants.max_tokens, bool(wants.apart),
-        wants.regroups,
+        wants.regroups, seen,
     )  # fmt: skip
 
 
@@ -147,7 +158,7 @@ def _tokenizer_files(config: FitConfig, directory: Path, train: Source, columns:
     key = cache_key([train], "none", {"tokenizer": asdict(config.tokenizer), "columns": list(columns.texts)})
     files = cache_folder().parent / "tokenizers" / key
     if not files.is_dir():
-        texts = (str(row.values[name]) for row in train for name in columns.texts if row.values.get(name) is not None)
+        texts = (plain(row.values[name]) for row in train for name in columns.texts if row.values.get(name) is not None)
         tokenizer = train_tokenizer(texts, config.tokenizer, fewer=True)
         files.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=files.parent) as folder:
@@ -172,20 +183,30 @@ def _refuse_nothing_apart(wants: Wants, config: FitConfig, report: DataReport) -
 
 def _learn(task: type[Task], source: Source, columns: Columns, options: Any) -> Task:
     """The task, knowing its labels. An error about a record names its line."""
-    line: int | None = None
+    return _reading(source, lambda rows: task.from_records((record for _, record in rows), columns, options))
 
-    def read() -> Iterator[Record]:
-        nonlocal line
+
+def _inspect(task: Task, source: Source) -> list[Finding]:
+    """What the task says of the rows of a file. An error about a record names its line."""
+    found = _reading(source, lambda rows: list(task.inspect(rows)))
+    return [replace(finding, path=str(source.path)) for finding in found]
+
+
+def _reading(source: Source, use: Callable[[Iterator[tuple[str, Record]]], T]) -> T:
+    """What is made of the rows of a file, each with its place, which errors about it name."""
+    place = str(source.path)
+
+    def read() -> Iterator[tuple[str, Record]]:
+        nonlocal place
         for row in source:
-            line = row.line
-            yield row.values
-        line = None
+            place = source.where(row.line)
+            yield place, row.values
+        place = str(source.path)
 
     try:
-        return task.from_records(read(), columns, options)
+        return use(read())
     except UserError as error:
-        where = str(source.path) if line is None else source.where(line)
-        raise UserError(error.message, where=where, hint=error.hint) from error
+        raise UserError(error.message, where=place, hint=error.hint) from error
 
 
 def _options(task: type[Task], directory: Path, config: FitConfig, origin: str) -> Any:
@@ -227,8 +248,7 @@ def records(source: Source) -> Iterator[Record]:
 
 def ask_first(prepared: Prepared, model: Model) -> Prepared:
     """The task having asked the starting model what it wants to remember of it."""
-    parts = (prepared.sources.train, prepared.sources.validation, prepared.sources.test)
-    rows = (row.values for source in parts if source is not None for row in source)
+    rows = (row.values for source in prepared.sources.all() for row in source)
     return replace(prepared, task=prepared.task.before(model, rows, prepared.tokenizer))
 
 

@@ -17,6 +17,7 @@ from lexmill.metrics.classification import (
 from lexmill.metrics.compare import Difference, mcnemar, paired_bootstrap
 from lexmill.metrics.correlation import pearson, products, ranks, spearman
 from lexmill.metrics.diversity import distinct
+from lexmill.metrics.entities import count_entities, entity_scores
 from lexmill.metrics.intervals import (
     Interval,
     accuracy_interval,
@@ -50,8 +51,10 @@ __all__ = [
     "confused",
     "confusion",
     "count",
+    "count_entities",
     "count_multilabel",
     "distinct",
+    "entity_scores",
     "exact_match",
     "expected_calibration_error",
     "f1",

@@ -36,14 +36,14 @@ class ClassifierShape:
         transform_bias: whether that layer has one.
         norm_eps, norm_bias: of a layer norm after the activation; `norm_eps` is None where there is none.
         dropout: before the output, in training.
-        pooling: the vector of a sequence that the head is given.
+        pooling: the vector of a sequence that the head is given; None for the hidden state of every row.
         bias: whether the output has one.
     """
 
     num_labels: int
     transform: Transform | None = "tanh"
     dropout: float = 0.1
-    pooling: Pooling = "first"
+    pooling: Pooling | None = "first"
     bias: bool = True
     transform_bias: bool = True
     norm_eps: float | None = None
@@ -92,7 +92,7 @@ def build_head(trunk: Trunk, described: Mapping[str, Any], where: str) -> Head:
 
 @register_head
 class ClassifierHead(Head):
-    """Logits from one pooled vector a sequence."""
+    """Logits from one pooled vector a sequence, or from the hidden state of every row."""
 
     kind = "classifier"
 
@@ -104,15 +104,15 @@ class ClassifierHead(Head):
         self.dropout = Dropout(shape.dropout)
         self.output = Linear(hidden_size, shape.num_labels, bias=shape.bias)
 
-    def forward(self, pooled: Float[Tensor, "seq dim"]) -> Float[Tensor, "seq label"]:
+    def forward(self, given: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows label"]:
         if self.transform is not None and self.shape.transform is not None:
-            pooled = TRANSFORMS[self.shape.transform](self.transform(pooled))
+            given = TRANSFORMS[self.shape.transform](self.transform(given))
         if self.norm is not None:
-            pooled = self.norm(pooled)
-        return self.output(self.dropout(pooled))
+            given = self.norm(given)
+        return self.output(self.dropout(given))
 
     @property
-    def pooling(self) -> Pooling:
+    def pooling(self) -> Pooling | None:
         return self.shape.pooling
 
     def describe(self) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def save(model: Model, directory: Path | str, *, labels: Sequence[str] | None = 
     """Write `config.json` and `model.safetensors` with Hugging Face names into an existing directory.
 
     One classification head of the family's own form gets its Hugging Face names, so that
-    `AutoModelForSequenceClassification` loads it; a language head likewise. Other heads stand under `heads.{name}.`.
+    `AutoModelForSequenceClassification` loads it; one that classifies tokens, and a language head, likewise. Other
+    heads stand under `heads.{name}.`.
 
     Args:
         labels: names of the classes, for Hugging Face's `id2label`.
@@ -157,8 +158,7 @@ def module_names(model: Model) -> dict[str, str]:
 def head_tensors(model: Model) -> tuple[families.Use | None, dict[str, Tensor]]:
     """The use and the tensors, as named in a file, of the head that the family's Hugging Face class has; shared ones
     are left out. None and nothing where no head has its form."""
-    uses: tuple[families.Use, ...] = ("classifier", "lm")
-    for use in uses:
+    for use in families.HEADS:
         if name := _hf_head(model, use):
             head = cast("Head", model.heads[name])
             names = _head_names(model, name)
@@ -326,20 +326,26 @@ def _attach_heads(model: Model, recorded: Mapping[str, Mapping[str, Any]], files
 def _hf_head(model: Model, use: families.Use) -> str | None:
     """The name of the only head of this kind, where its form is that of the family's Hugging Face class."""
     family = families.find(model.family)
-    heads = {name: head for name, head in model.heads.items() if head.kind == use}
+    heads = {name: head for name, head in model.heads.items() if _use(cast("Head", head)) == use}
     if use not in family.heads or len(heads) != 1:
         return None
     [(name, head)] = heads.items()
     if isinstance(head, ClassifierHead):
-        usual = family.classifier_shape(model.config, model.origin.config)
+        shape = family.classifier_shape if use == "classifier" else family.token_shape
+        usual = shape(model.config, model.origin.config)
         form = replace(usual, num_labels=head.shape.num_labels, dropout=head.shape.dropout)
         return name if head.shape == form else None
     return name if cast("LMHead", head).shape == family.language_shape(model.config, model.origin.config) else None
 
 
+def _use(head: Head) -> str:
+    """What a head is used for, where Hugging Face has a class for that."""
+    return "token_classifier" if isinstance(head, ClassifierHead) and head.pooling is None else head.kind
+
+
 def trunk_prefix(model: Model) -> str:
     """What the names of trunk tensors begin with in a file of this model."""
-    standard = _hf_head(model, "classifier") or _hf_head(model, "lm")
+    standard = any(_hf_head(model, use) for use in families.HEADS)
     return families.find(model.family).prefix if standard else model.origin.prefix
 
 
@@ -353,8 +359,7 @@ def _head_names(model: Model, name: str) -> dict[str, str]:
     """A head's tensor names, ours and those in a file."""
     head = cast("Head", model.heads[name])
     own = [ours for ours, _ in head.named_parameters()]
-    uses: tuple[families.Use, ...] = ("classifier", "lm")
-    for use in uses:
+    for use in families.HEADS:
         if _hf_head(model, use) == name:
             table = families.find(model.family).heads[use]
             return {ours: table[ours].format(prefix=trunk_prefix(model)) for ours in own}
@@ -364,12 +369,11 @@ def _head_names(model: Model, name: str) -> dict[str, str]:
 def _config(model: Model, labels: Sequence[str] | None) -> dict[str, Any]:
     family, source = families.find(model.family), model.origin.config
     hf = family.write_config(model.config, source)
-    classifier, lm = _hf_head(model, "classifier"), _hf_head(model, "lm")
-    use: families.Use = "classifier" if classifier else "lm" if lm else "base"
-    if use != "base" or not hf.get("architectures"):
-        hf["architectures"] = [family.architectures[use]]
-    if classifier:
-        head = cast("ClassifierHead", model.heads[classifier])
+    use, _ = head_tensors(model)
+    if use or not hf.get("architectures"):
+        hf["architectures"] = [family.architectures[use or "base"]]
+    if use in ("classifier", "token_classifier"):
+        head = cast("ClassifierHead", model.heads[str(_hf_head(model, use))])
         _write_labels(hf, head.shape.num_labels, labels)
     dtype_key = "torch_dtype" if "torch_dtype" in hf else "dtype"
     stored = str(model.dtype).removeprefix("torch.")

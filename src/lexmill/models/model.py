@@ -83,7 +83,7 @@ class Model(nn.Module):
     @property
     def pooling(self) -> Pooling:
         """The vector of a sequence that this family classifies by."""
-        return self.head_defaults.pooling
+        return self.head_defaults.pooling or "first"
 
     @property
     def has_tied_output(self) -> bool:
@@ -232,6 +232,16 @@ class Model(nn.Module):
         initialise(head, self.config.initializer_range, fan_in=self.trunk.fan_in)
         if head.transform is not None:
             self._start(head, "classifier", ("transform.", "norm."))
+        self.add_head(name, head)
+        return head
+
+    def add_token_classifier(self, name: str, num_labels: int) -> ClassifierHead:
+        """Attach a head that classifies every token, as this family has it; weights are drawn."""
+        shape = families.find(self.family).token_shape(self.config, self.origin.config)
+        head = ClassifierHead(
+            self.config.hidden_size, replace(shape, num_labels=num_labels, dropout=self.config.dropout)
+        )
+        initialise(head, self.config.initializer_range, fan_in=self.trunk.fan_in)
         self.add_head(name, head)
         return head
 

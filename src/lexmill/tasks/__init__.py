@@ -8,6 +8,7 @@ from lexmill.tasks.generate import Generate
 from lexmill.tasks.pretrain import Pretrain
 from lexmill.tasks.rank import Rank
 from lexmill.tasks.seq2seq import Seq2Seq
+from lexmill.tasks.tag import Tag
 
 __all__ = [
     "Answer",
@@ -19,6 +20,7 @@ __all__ = [
     "Rank",
     "Record",
     "Seq2Seq",
+    "Tag",
     "Task",
     "Wants",
     "find",

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lexmill.data.batch import Batch, Example
+from lexmill.data.check import Finding
 from lexmill.data.columns import TEXT_AND_LABEL, Role
 from lexmill.errors import UserError
 from lexmill.models import Model
@@ -129,6 +130,18 @@ class Task(ABC):
     @abstractmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The inverse of `state`."""
+
+    def inspect(self, rows: Iterator[tuple[str, Record]]) -> Iterator[Finding]:
+        """What the labelled rows of one file show of this task, for people and the record; read once, before training.
+        Most tasks have nothing to say, and do not read the rows.
+
+        Args:
+            rows: each with its place, `file:line`.
+
+        Raises:
+            UserError: a row that cannot be used.
+        """
+        return iter(())
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

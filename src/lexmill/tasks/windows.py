@@ -1,4 +1,5 @@
-"""A question with a long context as overlapping windows, and where each token stands in the raw context."""
+"""Long texts as overlapping windows: a question with its context, or one text cut into units beforehand; and where
+each token stands in the raw text."""
 
 from __future__ import annotations
 
@@ -59,6 +60,66 @@ def windows_of(
         [_window(piece, context, i * (room - stride)) for i, piece in enumerate([whole, *whole.overflowing])]
         for (_, context), whole, room in zip(pairs, encodings, rooms, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class UnitWindow:
+    """One sequence: a piece of a text.
+
+    Args:
+        units: the units that this window answers for, in order: those that have the most context in it.
+        rows: the first token of each of them.
+    """
+
+    tokens: Tokens
+    units: Int[np.ndarray, "unit"]
+    rows: Int[np.ndarray, "unit"]
+
+
+def windows_of_units(
+    texts: Sequence[Sequence[str]], tokenizer: Tokenizer, max_length: int, stride: int
+) -> list[list[UnitWindow]]:
+    """Each text, given by its units, as windows of at most `max_length` tokens. A unit that the tokenizer drops stands
+    in none of them.
+
+    Args:
+        stride: tokens that a window shares with the one before.
+
+    Raises:
+        UserError: a window has no room for more than `stride` tokens.
+    """
+    room = max_length - tokenizer.num_special_tokens_to_add(is_pair=False)
+    if room <= stride:
+        raise UserError(
+            f"windows of {max_length} tokens, special ones included, cannot share {stride}",
+            where="options.stride",
+            hint=f"raise max_length or lower stride to at most {max(room - 1, 0)}",
+        )
+    tokenizer.enable_truncation(max_length, stride=stride)
+    try:
+        encodings = tokenizer.encode_batch([list(units) for units in texts], is_pretokenized=True)
+    finally:
+        tokenizer.no_truncation()
+    return [_unit_windows([whole, *whole.overflowing], room - stride) for whole in encodings]
+
+
+def _unit_windows(pieces: Sequence[Encoding], step: int) -> list[UnitWindow]:
+    begins: dict[int, int] = {}  # the place of a unit's first token among those of the whole text
+    best: dict[int, tuple[int, int, int]] = {}  # how much context a unit has, in which window, at which row
+    for index, piece in enumerate(pieces):
+        held = [(row, unit) for row, unit in enumerate(piece.word_ids) if unit is not None]
+        for place, (row, unit) in enumerate(held):
+            if begins.setdefault(unit, index * step + place) == index * step + place:
+                context = min(place, len(held) - 1 - place)
+                if unit not in best or context > best[unit][0]:
+                    best[unit] = (context, index, row)
+    found: list[UnitWindow] = []
+    for index, piece in enumerate(pieces):
+        own = sorted((unit, row) for unit, (_, window, row) in best.items() if window == index)
+        tokens = Tokens(np.array(piece.ids, np.int64), np.array(piece.type_ids, np.int64))
+        units, rows = np.array(own, np.int64).reshape(-1, 2).T
+        found.append(UnitWindow(tokens, units, rows))
+    return found
 
 
 def _window(encoding: Encoding, context: str, first: int) -> Window:

@@ -31,7 +31,7 @@ from lexmill.models.families import (
     t5,
     xlm_roberta,
 )
-from lexmill.models.families.table import Family, Stored, Use
+from lexmill.models.families.table import HEADS, Family, Stored, Use
 
 _ENCODERS = (bert, roberta, xlm_roberta, distilbert, ernie, albert, modernbert)
 _DECODERS = (gpt2, llama, mistral, qwen2, qwen3, glm, glm4)
@@ -39,7 +39,7 @@ _BOTH = (t5, mt5)
 _RECURRENT = (lstm, gru)
 _FAMILIES = tuple(module.FAMILY for module in (*_ENCODERS, *_DECODERS, *_BOTH, *_RECURRENT))
 
-__all__ = ["Family", "Stored", "Use", "find", "known", "recognise"]
+__all__ = ["HEADS", "Family", "Stored", "Use", "find", "known", "recognise"]
 
 
 def known() -> tuple[Family, ...]:

@@ -34,7 +34,12 @@ def _language(config: Any) -> LanguageShape:
 
 FAMILY = bert.FAMILY.variant(
     name="albert",
-    architectures={"base": "AlbertModel", "classifier": "AlbertForSequenceClassification", "lm": "AlbertForMaskedLM"},
+    architectures={
+        "base": "AlbertModel",
+        "classifier": "AlbertForSequenceClassification",
+        "token_classifier": "AlbertForTokenClassification",
+        "lm": "AlbertForMaskedLM",
+    },
     prefix="albert.",
     settings=(
         key("vocab_size", "vocab_size", int, 30000),
@@ -79,6 +84,7 @@ FAMILY = bert.FAMILY.variant(
             "output.weight": "classifier.weight",
             "output.bias": "classifier.bias",
         },
+        "token_classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {
             "transform.weight": "predictions.dense.weight",
             "transform.bias": "predictions.dense.bias",

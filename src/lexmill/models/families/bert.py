@@ -7,7 +7,12 @@ from lexmill.models.heads import ClassifierShape, LanguageShape
 
 FAMILY = Family(
     name="bert",
-    architectures={"base": "BertModel", "classifier": "BertForSequenceClassification", "lm": "BertForMaskedLM"},
+    architectures={
+        "base": "BertModel",
+        "classifier": "BertForSequenceClassification",
+        "token_classifier": "BertForTokenClassification",
+        "lm": "BertForMaskedLM",
+    },
     prefix="bert.",
     fixed={
         "norm": "layer",
@@ -80,6 +85,7 @@ FAMILY = Family(
             "output.weight": "classifier.weight",
             "output.bias": "classifier.bias",
         },
+        "token_classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {
             "transform.weight": "cls.predictions.transform.dense.weight",
             "transform.bias": "cls.predictions.transform.dense.bias",

@@ -19,6 +19,7 @@ FAMILY = Family(
     architectures={
         "base": "DistilBertModel",
         "classifier": "DistilBertForSequenceClassification",
+        "token_classifier": "DistilBertForTokenClassification",
         "lm": "DistilBertForMaskedLM",
     },
     prefix="distilbert.",
@@ -68,6 +69,7 @@ FAMILY = Family(
             "output.weight": "classifier.weight",
             "output.bias": "classifier.bias",
         },
+        "token_classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {
             "transform.weight": "vocab_transform.weight",
             "transform.bias": "vocab_transform.bias",

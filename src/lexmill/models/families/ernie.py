@@ -21,7 +21,12 @@ def _write(hf: Json, value: Any) -> None:
 
 FAMILY = bert.FAMILY.variant(
     name="ernie",
-    architectures={"base": "ErnieModel", "classifier": "ErnieForSequenceClassification", "lm": "ErnieForMaskedLM"},
+    architectures={
+        "base": "ErnieModel",
+        "classifier": "ErnieForSequenceClassification",
+        "token_classifier": "ErnieForTokenClassification",
+        "lm": "ErnieForMaskedLM",
+    },
     prefix="ernie.",
     settings=(Setting("task_type_vocab_size", _read, _write, ("use_task_id", "task_type_vocab_size")),),
     weights=(("embeddings.task_type.weight", "embeddings.task_type_embeddings.weight"),),

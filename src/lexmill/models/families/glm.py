@@ -8,7 +8,12 @@ from lexmill.models.families.table import Stored, key, rope_settings
 
 FAMILY = llama.FAMILY.variant(
     name="glm",
-    architectures={"base": "GlmModel", "classifier": "GlmForSequenceClassification", "lm": "GlmForCausalLM"},
+    architectures={
+        "base": "GlmModel",
+        "classifier": "GlmForSequenceClassification",
+        "token_classifier": "GlmForTokenClassification",
+        "lm": "GlmForCausalLM",
+    },
     fixed={"rope_interleaved": True, "attention_output_bias": False, "mlp_bias": False},
     settings=(
         key("vocab_size", "vocab_size", int, 151552),

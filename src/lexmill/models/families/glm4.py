@@ -6,7 +6,12 @@ from lexmill.models.families import glm
 
 FAMILY = glm.FAMILY.variant(
     name="glm4",
-    architectures={"base": "Glm4Model", "classifier": "Glm4ForSequenceClassification", "lm": "Glm4ForCausalLM"},
+    architectures={
+        "base": "Glm4Model",
+        "classifier": "Glm4ForSequenceClassification",
+        "token_classifier": "Glm4ForTokenClassification",
+        "lm": "Glm4ForCausalLM",
+    },
     fixed={"norm_place": "around"},
     weights=(
         ("layers.{i}.attention_out_norm.weight", "layers.{i}.post_self_attn_layernorm.weight"),

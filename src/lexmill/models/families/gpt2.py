@@ -30,7 +30,12 @@ def _write_dropout(hf: Json, value: Any) -> None:
 
 FAMILY = Family(
     name="gpt2",
-    architectures={"base": "GPT2Model", "classifier": "GPT2ForSequenceClassification", "lm": "GPT2LMHeadModel"},
+    architectures={
+        "base": "GPT2Model",
+        "classifier": "GPT2ForSequenceClassification",
+        "token_classifier": "GPT2ForTokenClassification",
+        "lm": "GPT2LMHeadModel",
+    },
     prefix="transformer.",
     fixed={
         "type_vocab_size": 0,
@@ -100,6 +105,7 @@ FAMILY = Family(
     classifier=ClassifierShape(num_labels=2, transform=None, pooling="last", bias=False),
     heads={
         "classifier": {"output.weight": "score.weight"},
+        "token_classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {"output.weight": "lm_head.weight"},
     },
 )

@@ -10,6 +10,7 @@ FAMILY = Family(
     architectures={
         "base": "LlamaModel",
         "classifier": "LlamaForSequenceClassification",
+        "token_classifier": "LlamaForTokenClassification",
         "lm": "LlamaForCausalLM",
     },
     prefix="model.",
@@ -73,6 +74,7 @@ FAMILY = Family(
     classifier=ClassifierShape(num_labels=2, transform=None, pooling="last", bias=False),
     heads={
         "classifier": {"output.weight": "score.weight"},
+        "token_classifier": {"output.weight": "score.weight", "output.bias": "score.bias"},
         "lm": {"output.weight": "lm_head.weight"},
     },
 )

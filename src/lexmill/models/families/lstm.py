@@ -15,6 +15,7 @@ FAMILY = Family(
     architectures={
         "base": "LexmillRecurrent",
         "classifier": "LexmillRecurrentForSequenceClassification",
+        "token_classifier": "LexmillRecurrentForTokenClassification",
         "lm": "LexmillRecurrentForCausalLM",
     },
     prefix="",
@@ -43,6 +44,7 @@ FAMILY = Family(
     classifier=ClassifierShape(num_labels=2, transform=None, pooling="mean", bias=True),
     heads={
         "classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
+        "token_classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {"output.weight": "lm_head.weight"},
     },
     trunk=Recurrent,

@@ -26,6 +26,7 @@ FAMILY = llama.FAMILY.variant(
     architectures={
         "base": "MistralModel",
         "classifier": "MistralForSequenceClassification",
+        "token_classifier": "MistralForTokenClassification",
         "lm": "MistralForCausalLM",
     },
     fixed={"attention_bias": False, "mlp_bias": False},

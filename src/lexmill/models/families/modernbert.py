@@ -85,6 +85,7 @@ FAMILY = Family(
     architectures={
         "base": "ModernBertModel",
         "classifier": "ModernBertForSequenceClassification",
+        "token_classifier": "ModernBertForTokenClassification",
         "lm": "ModernBertForMaskedLM",
     },
     prefix="model.",
@@ -168,6 +169,8 @@ FAMILY = Family(
         *_HEAD,
         choice("pooling", "classifier_pooling", {"cls": "first", "mean": "mean"}, "cls"),
     ),
+    token_classifier=ClassifierShape(num_labels=2, transform="gelu", pooling=None),
+    token_settings=_HEAD,
     language_settings=(*_HEAD, key("bias", "decoder_bias", bool, True)),
     heads={
         "classifier": {
@@ -175,6 +178,7 @@ FAMILY = Family(
             "output.weight": "classifier.weight",
             "output.bias": "classifier.bias",
         },
+        "token_classifier": {**_HEAD_NAMES, "output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {
             **_HEAD_NAMES,
             "output.weight": "decoder.weight",

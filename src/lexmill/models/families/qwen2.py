@@ -7,7 +7,12 @@ from lexmill.models.families.table import key
 
 FAMILY = llama.FAMILY.variant(
     name="qwen2",
-    architectures={"base": "Qwen2Model", "classifier": "Qwen2ForSequenceClassification", "lm": "Qwen2ForCausalLM"},
+    architectures={
+        "base": "Qwen2Model",
+        "classifier": "Qwen2ForSequenceClassification",
+        "token_classifier": "Qwen2ForTokenClassification",
+        "lm": "Qwen2ForCausalLM",
+    },
     fixed={"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
     settings=(
         key("vocab_size", "vocab_size", int, 151936),

@@ -7,7 +7,12 @@ from lexmill.models.families.table import key
 
 FAMILY = llama.FAMILY.variant(
     name="qwen3",
-    architectures={"base": "Qwen3Model", "classifier": "Qwen3ForSequenceClassification", "lm": "Qwen3ForCausalLM"},
+    architectures={
+        "base": "Qwen3Model",
+        "classifier": "Qwen3ForSequenceClassification",
+        "token_classifier": "Qwen3ForTokenClassification",
+        "lm": "Qwen3ForCausalLM",
+    },
     fixed={"qk_norm": True, "mlp_bias": False},
     settings=(
         key("vocab_size", "vocab_size", int, 151936),

@@ -18,6 +18,7 @@ FAMILY = bert.FAMILY.variant(
     architectures={
         "base": "RobertaModel",
         "classifier": "RobertaForSequenceClassification",
+        "token_classifier": "RobertaForTokenClassification",
         "lm": "RobertaForMaskedLM",
     },
     prefix="roberta.",
@@ -33,6 +34,7 @@ FAMILY = bert.FAMILY.variant(
             "output.weight": "classifier.out_proj.weight",
             "output.bias": "classifier.out_proj.bias",
         },
+        "token_classifier": {"output.weight": "classifier.weight", "output.bias": "classifier.bias"},
         "lm": {
             "transform.weight": "lm_head.dense.weight",
             "transform.bias": "lm_head.dense.bias",

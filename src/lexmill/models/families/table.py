@@ -19,7 +19,9 @@ from lexmill.nn.rotary import RopeScaling
 
 Json = dict[str, Any]
 Derived = Callable[[Mapping[str, Any]], int]
-Use = Literal["base", "classifier", "lm"]
+Use = Literal["base", "classifier", "token_classifier", "lm"]
+HEADS: tuple[Use, ...] = ("classifier", "token_classifier", "lm")
+"""The uses that have a head."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,9 @@ def _stored(weight: Weight) -> Stored:
     return weight if isinstance(weight, Stored) else Stored(weight[1], (weight[0],))
 
 
+_LINEAR = ClassifierShape(num_labels=2, transform=None, pooling=None)
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of models as data.
@@ -242,8 +247,9 @@ class Family:
         spare: patterns of tensors in these namespaces that the trunk does not use.
         aliases: other endings of names that old files have, and what they mean.
         classifier: the classification head that its Hugging Face class has; `num_labels` is a placeholder.
+        token_classifier: likewise, of every token.
         language: the language head that its Hugging Face class has, for a config of its trunk.
-        classifier_settings, language_settings: what of these heads stands in the config.
+        classifier_settings, token_settings, language_settings: what of these heads stands in the config.
         heads: our names of head tensors by use, and theirs; `{prefix}` stands for the prefix.
         copies: names in old files that repeat a tensor, and that tensor's own; without prefix.
         trunk: what its models are made of; `fixed` and `settings` are fields of this one's config.
@@ -258,7 +264,9 @@ class Family:
     namespaces: tuple[str, ...]
     classifier: ClassifierShape
     heads: Mapping[Use, Mapping[str, str]]
+    token_classifier: ClassifierShape = _LINEAR
     classifier_settings: tuple[Setting, ...] = ()
+    token_settings: tuple[Setting, ...] = ()
     language_settings: tuple[Setting, ...] = ()
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     spare: tuple[str, ...] = ()
@@ -319,6 +327,10 @@ class Family:
         """The classification head of a model with this config, read from `source`; `num_labels` is a placeholder."""
         return replace(self.classifier, **self._head_settings(self.classifier_settings, config, source))
 
+    def token_shape(self, config: Structure, source: Mapping[str, Any]) -> ClassifierShape:
+        """The head that classifies every token of a model with this config; `num_labels` is a placeholder."""
+        return replace(self.token_classifier, **self._head_settings(self.token_settings, config, source))
+
     def language_shape(self, config: Structure, source: Mapping[str, Any]) -> LanguageShape:
         """The language head of a model with this config, read from `source`."""
         return replace(self.language(config), **self._head_settings(self.language_settings, config, source))
@@ -330,7 +342,7 @@ class Family:
     @property
     def keys(self) -> frozenset[str]:
         """Every key of a config that this family looks at."""
-        settings = (*self.settings, *self.classifier_settings, *self.language_settings)
+        settings = (*self.settings, *self.classifier_settings, *self.token_settings, *self.language_settings)
         return frozenset(self.requires) | {name for setting in settings for name in setting.keys}
 
     def stored(self, config: Structure) -> list[Stored]:

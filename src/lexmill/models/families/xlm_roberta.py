@@ -9,6 +9,7 @@ FAMILY = roberta.FAMILY.variant(
     architectures={
         "base": "XLMRobertaModel",
         "classifier": "XLMRobertaForSequenceClassification",
+        "token_classifier": "XLMRobertaForTokenClassification",
         "lm": "XLMRobertaForMaskedLM",
     },
 )

@@ -81,6 +81,8 @@ SETS: dict[str, tuple[Callable[[int, float | None], FitConfig], float | None]] =
     "stsb": (of_recipe("stsb"), None),
     "policyqa": (of_recipe("policyqa"), None),
     "cmrc2018": (of_recipe("cmrc2018", e5=True), None),
+    "wnut17": (of_recipe("wnut17"), None),
+    "cluener2020": (of_recipe("cluener2020", e5=True), None),
 }
 
 

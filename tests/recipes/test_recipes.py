@@ -6,6 +6,7 @@ import json
 import runpy
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.small_classifier import small_tokenizer
@@ -43,21 +44,27 @@ def recipe(file: Path) -> FitConfig:
 
 def few_rows(config: FitConfig, folder: Path) -> list[str]:
     """A few rows of each file, and the settings that name them: those of the two most frequent labels of training, or
-    the first ones where the rows have no labels that are names."""
+    the first ones where the rows have no labels that are names; of tagged rows those of labels seen in training."""
     frequent = Counter(row.values.get("label") for row in open_source(config.data.train)).most_common(2)
     wanted = [label for label, _ in frequent if isinstance(label, str)]
     sets: list[str] = []
+    known: set[str] = set()
     for split in SPLITS:
         path: Path | None = getattr(config.data, split)
         if path is None:
             continue
         rows = [row.values for row in open_source(path)]
         chosen = [row for label in wanted for row in [r for r in rows if r["label"] == label][:ROWS_A_LABEL]]
-        chosen = chosen or rows[: 2 * ROWS_A_LABEL]
+        chosen = chosen or [row for row in rows if not known or tagged(row) <= known][: 2 * ROWS_A_LABEL]
+        known = known or {label for row in chosen for label in tagged(row)}
         file = folder / f"{split}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         sets.append(f'data.{split}="{file}"')
     return sets
+
+
+def tagged(row: dict[str, Any]) -> set[str]:
+    return {tag.partition("-")[2] for tag in row.get("tags", ())}
 
 
 def small_model(config: FitConfig, folder: Path) -> Path:

@@ -189,7 +189,8 @@ def _learn(task: type[Task], source: Source, columns: Columns, options: Any) -> 
 def _inspect(task: Task, source: Source) -> list[Finding]:
     """What the task says of the rows of a file. An error about a record names its line."""
     found = _reading(source, lambda rows: list(task.inspect(rows)))
-    return [replace(finding, path=str(source.path)) for finding in found]
+    named = f"{source.path.name}: "
+    return [replace(finding, message=named + finding.message, path=str(source.path)) for finding in found]
 
 
 def _reading(source: Source, use: Callable[[Iterator[tuple[str, Record]]], T]) -> T:

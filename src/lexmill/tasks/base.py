@@ -275,6 +275,11 @@ def register(task: type[T]) -> type[T]:
     return task
 
 
+def known() -> list[str]:
+    """The names of the tasks there are."""
+    return sorted(_REGISTRY)
+
+
 def find(name: str) -> type[Task]:
     """The task of this name, or a `UserError` that lists the known ones.
 
@@ -284,5 +289,5 @@ def find(name: str) -> type[Task]:
         for entry in entry_points(group="lexmill.tasks", name=name):
             entry.load()
     if name not in _REGISTRY:
-        raise UserError(f"unknown task '{name}'", hint=f"known tasks: {', '.join(sorted(_REGISTRY))}")
+        raise UserError(f"unknown task '{name}'", hint=f"known tasks: {', '.join(known())}")
     return _REGISTRY[name]

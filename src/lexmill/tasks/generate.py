@@ -230,6 +230,9 @@ class Generate(Task):
 
     # --- the model --------------------------------------------------------------------------------------------
     def attach(self, model: Model) -> None:
+        if not model.config.causal:
+            hint = "start from a decoder; an encoder-decoder answers texts with the task seq2seq"
+            raise UserError("this model sees the tokens that it would have to foresee", where="model", hint=hint)
         if "lm" not in model.heads:
             model.add_language_head("lm")
 

@@ -118,7 +118,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 
 def test_every_task_has_a_case() -> None:
-    assert {case.task for case in CASES.values()} >= set(base.known())
+    own = {name for name in base.known() if base.find(name).__module__.startswith("lexmill.")}
+    assert {case.task for case in CASES.values()} >= own
 
 
 QUICK = ("bert", "llama", "t5", "lstm")

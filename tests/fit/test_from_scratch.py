@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.train.parts import rows, write_rows
 
@@ -14,13 +15,15 @@ from lexmill.data.tokenizer import load_tokenizer
 from lexmill.data.tokenizer_training import TokenizerConfig, write_tokenizer
 from lexmill.engine import Request, TorchEngine
 from lexmill.errors import UserError
-from lexmill.fit import DataConfig, FitConfig, FitResult, fit
+from lexmill.fit import DataConfig, FitConfig, FitResult, Watch, fit
 from lexmill.train import TrainConfig
 from lexmill.verify import verify
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 64, "max_position_embeddings": 64}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA |= {"intermediate_size": 64, "max_position_embeddings": 512, "tie_word_embeddings": False}
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 LSTM = {"model_type": "lstm", "embedding_size": 16, "hidden_size": 32, "bidirectional": False, "dropout": 0.1}
 
@@ -106,6 +109,21 @@ def test_a_language_model_learns_from_nothing(
     classifier = fit(replace(later, train=TrainConfig(epochs=1)), tmp_path / "later").artifact
     assert [step.name for step in classifier.manifest.history] == ["fit", "fit"]
     assert "new_weights" not in classifier.manifest.history[-1].effect
+
+
+def test_what_predicts_tokens_goes_on_from_pretraining_to_answering(tmp_path: Path) -> None:
+    model = directory(tmp_path / "model", LLAMA)
+    data = write_rows(tmp_path / "a.jsonl", [{**row, "response": row["label"]} for row in rows(40)])
+    options, train = {"max_length": 64}, TrainConfig(epochs=1, batch_size=8, learning_rate=5e-3)
+    asked = FitConfig(DataConfig(data), str(model), "random", task="pretrain", options=options, train=train)
+    fit(asked, tmp_path / "first")
+    columns = DataConfig(data, columns={"text": "text", "text_pair": "response"})
+    later = replace(asked, data=columns, model=str(tmp_path / "first"), init=None, task="generate")
+    notes: list[str] = []
+    fit(replace(later, train=TrainConfig(epochs=1, learning_rate=1e-12)), tmp_path / "then", watch=Watch(notes.append))
+    assert "going on with the head 'lm' of first" in notes
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "then"))
+    torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

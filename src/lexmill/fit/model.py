@@ -14,7 +14,7 @@ from lexmill import models
 from lexmill.artifact import Artifact, Transform
 from lexmill.data.bundled import structure
 from lexmill.errors import MissingExtra, UserError
-from lexmill.models import Model
+from lexmill.models import LMHead, Model
 from lexmill.tasks import Task, find
 from lexmill.train import TrainConfig
 
@@ -67,7 +67,8 @@ def start(
 ) -> Start:
     """Load the model in `directory` and give it the heads of `task`, new ones drawn from the run's seed.
 
-    From an artefact of the same task, heads go on that have the same labels; `note` is told of those that do not.
+    From an artefact of the same task, heads go on that have the same labels, and what predicts tokens does from any
+    task to any other that does; `note` is told of those that do not.
 
     Args:
         anew: draw the trunk's weights too; the number is that of token embeddings, where the config does not say it.
@@ -79,7 +80,8 @@ def start(
     known = _labels(artifact) if artifact is not None and artifact.manifest.task.name == task.name else {}
     wanted = {name: tuple(labels) for name, labels in task.labels().items()}
     for name in list(model.heads):
-        if name in known and known[name] == wanted.get(name):
+        labels = () if isinstance(model.heads[name], LMHead) else known.get(name)
+        if labels is not None and labels == wanted.get(name):
             note(f"going on with the head '{name}' of {directory.name}")
         else:
             why = "its labels differ" if name in known and name in wanted else "it is not asked for"

@@ -57,7 +57,7 @@ def classify(config: FitConfig) -> dict[str, float]:
             output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
             learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
             warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=64,
-            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
+            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True, bf16=train.precision == "bf16",
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, train_dataset=learnt, data_collator=DataCollatorWithPadding(tokenizer),  # pyright: ignore

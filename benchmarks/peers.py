@@ -93,4 +93,50 @@ def embed(config: FitConfig) -> dict[str, float]:
     return {"spearman": float(EmbeddingSimilarityEvaluator(first, second, scores)(model)["spearman_cosine"])}
 
 
-OF_TASK = {"classify": classify, "embed": embed}
+def tag(config: FitConfig) -> dict[str, float]:
+    """seqeval's entity F1 on the test rows of the Hugging Face Trainer, labels on the first token of a word."""
+    from seqeval.metrics import f1_score
+    from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
+    from transformers import TrainingArguments as Arguments
+    from transformers import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    train, directory = config.train, model_directory(config.model)
+    assert config.data.test is not None
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    read = {file: [row.values for row in open_source(file)] for file in (config.data.train, config.data.test)}
+    names = sorted({name for rows in read.values() for row in rows for name in row["tags"]})
+
+    def encoded(row: dict[str, Any]) -> dict[str, Any]:
+        longest = int(config.options.get("max_length", 128))
+        found = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=longest)
+        words = found.word_ids()
+        first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
+        labels = [names.index(row["tags"][w]) if starts else -100 for w, starts in zip(words, first, strict=True)]
+        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], "labels": labels}
+
+    learnt, asked = ([encoded(row) for row in rows] for rows in read.values())
+    torch.manual_seed(train.seed)
+    model = AutoModelForTokenClassification.from_pretrained(directory, num_labels=len(names))
+    with tempfile.TemporaryDirectory() as folder:
+        steps = -(-len(learnt) // train.batch_size) * train.epochs
+        arguments = Arguments(
+            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
+            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
+            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=64, bf16=train.precision == "bf16",
+            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
+        )  # fmt: skip
+        collator = DataCollatorForTokenClassification(tokenizer)
+        trainer = Trainer(model, arguments, train_dataset=learnt, data_collator=collator)  # pyright: ignore
+        trainer.train()
+        found = np.argmax(trainer.predict(asked).predictions, axis=-1)  # pyright: ignore
+    said: list[list[str]] = []
+    gold: list[list[str]] = []
+    for guesses, row, example in zip(found, read[config.data.test], asked, strict=True):
+        kept = [names[g] for g, label in zip(guesses, example["labels"], strict=False) if label != -100]
+        said.append(kept + ["O"] * (len(row["tags"]) - len(kept)))  # what was cut off is found by nobody
+        gold.append(row["tags"])
+    return {"f1": float(f1_score(gold, said))}
+
+
+OF_TASK = {"classify": classify, "embed": embed, "tag": tag}

@@ -41,7 +41,8 @@ def clinc(seed: int, dropout: float | None) -> FitConfig:
 def waimai(seed: int, dropout: float | None) -> FitConfig:
     folder = SHARED / "waimai_10k"
     data = DataConfig(folder / "train.jsonl.xz", test=folder / "test.jsonl.xz")
-    return FitConfig(data, train=TrainConfig(seed=seed, dropout=dropout, epochs=3))
+    train = TrainConfig(seed=seed, dropout=dropout, epochs=3, learning_rate=1e-4, warmup=0.1)
+    return FitConfig(data, model=str(e5_small()), train=train)
 
 
 def of_recipe(name: str, *, e5: bool = False) -> Callable[[int, float | None], FitConfig]:

@@ -120,10 +120,10 @@ def check_order(steps: Sequence[Step]) -> None:
 
 
 _METHODS: dict[str, Method] = {}
-M = TypeVar("M", bound=type[Method])
+M = TypeVar("M", bound=Method)
 
 
-def register(method: M) -> M:
+def register(method: type[M]) -> type[M]:
     """Class decorator: make a method known by its name."""
     _METHODS[method.name] = method()
     return method

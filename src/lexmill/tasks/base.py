@@ -18,6 +18,7 @@ from jaxtyping import UInt64
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 
 from lexmill.data.batch import Batch, Example
 from lexmill.data.check import Finding
@@ -201,6 +202,23 @@ class Task(ABC):
             found[head] = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
         return found
 
+    def imitation(
+        self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], temperature: float
+    ) -> Mapping[str, Tensor]:
+        """Per head and item, how far outputs are from those that a teacher gave, which have no gradient.
+
+        This one is for heads that give each item a distribution over their last dimension: the Kullback-Leibler
+        divergence of both at the temperature, in nats, times its square, so that gradients stay as large (Hinton et al.
+        2015, section 2). A `UserError` elsewhere.
+        """
+        found: dict[str, Tensor] = {}
+        for head, given in wanted.items():
+            if given.dim() != 2 or given.shape[-1] < 2:
+                raise UserError(f"the task '{self.name}' cannot be learnt from a teacher's answers")
+            p, q = (given / temperature).log_softmax(-1), (outputs[head] / temperature).log_softmax(-1)
+            found[head] = (p.exp() * (p - q)).sum(-1) * temperature**2
+        return found
+
     def files(self, model: Model) -> Mapping[str, str]:
         """Further text files that other programs want beside the model's in an artefact, by relative path."""
         return {}
@@ -263,6 +281,12 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, answers: Sequence[Any], records: Sequence[Record]) -> Metrics:
         """Score answers against labelled records."""
+
+
+def bernoulli_apart(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Of each logit, the divergence in `imitation` where it stands for a variable of its own, true or false."""
+    p, q = wanted / temperature, outputs / temperature
+    return (p.sigmoid() * (p - q) - F.softplus(p) + F.softplus(q)) * temperature**2
 
 
 _REGISTRY: dict[str, type[Task]] = {}

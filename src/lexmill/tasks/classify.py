@@ -20,7 +20,7 @@ from lexmill.data.check import labels_in
 from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.tasks import scope, scoring
-from lexmill.tasks.base import Metrics, Record, Task, Wants, register
+from lexmill.tasks.base import Metrics, Record, Task, Wants, bernoulli_apart, register
 from lexmill.tasks.inputs import Arrange, packed
 from lexmill.tasks.texts import text_in, tokens_of
 
@@ -265,6 +265,13 @@ class Classify(Task):
             head: ((a.sigmoid() - other[head].sigmoid()) * (a - other[head])).mean(-1) / 2
             for head, a in outputs.items()
         }
+
+    def imitation(
+        self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], temperature: float
+    ) -> Mapping[str, Tensor]:
+        if not self.options.multi_label:
+            return super().imitation(outputs, wanted, temperature)
+        return {head: bernoulli_apart(outputs[head], given, temperature).mean(-1) for head, given in wanted.items()}
 
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:

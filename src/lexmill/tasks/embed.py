@@ -210,6 +210,14 @@ class Embed(Task):
                 losses.append(contrastive_loss(unit, first, _identities(stream), self.options.temperature))
         return {HEAD: torch.stack(losses).mean(0)}
 
+    def imitation(
+        self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], temperature: float
+    ) -> Mapping[str, Tensor]:
+        """One less the cosine of the two vectors of a text; the temperature plays no part."""
+        if outputs[HEAD].shape != wanted[HEAD].shape:
+            raise UserError(f"vectors of {outputs[HEAD].shape[-1]} numbers cannot be compared with the teacher's")
+        return {HEAD: 1 - F.cosine_similarity(outputs[HEAD], wanted[HEAD], dim=-1)}
+
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:
         assert isinstance(request, EmbedRequest)

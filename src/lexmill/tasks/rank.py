@@ -20,7 +20,7 @@ from lexmill.data.batch import Batch, Example
 from lexmill.data.columns import TEXTS, Role
 from lexmill.errors import UserError
 from lexmill.models import Model
-from lexmill.tasks.base import Metrics, Record, Task, Wants, register
+from lexmill.tasks.base import Metrics, Record, Task, Wants, bernoulli_apart, register
 from lexmill.tasks.inputs import Arrange, packed
 from lexmill.tasks.texts import number_in, text_in, tokens_of
 
@@ -190,6 +190,11 @@ class Rank(Task):
     def item_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
         target = torch.from_numpy(batch.labels[HEAD]).to(outputs[HEAD])
         return {HEAD: F.binary_cross_entropy_with_logits(outputs[HEAD], target, reduction="none")}
+
+    def imitation(
+        self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], temperature: float
+    ) -> Mapping[str, Tensor]:
+        return {HEAD: bernoulli_apart(outputs[HEAD], wanted[HEAD], temperature)}
 
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:

@@ -97,6 +97,7 @@ class Trainer:
         store: where checkpoints go; none are written without it.
         start: what was computed before the first step; it counts in the run's seconds and positions.
         companion: takes part in each step.
+        losses: what an item's loss is made of; as the config has it where None.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Trainer:
         store: Store | None = None,
         start: HeadStart | None = None,
         companion: Companion | None = None,
+        losses: Losses | None = None,
     ) -> None:
         config.check_stopping(validating=validate is not None)
         if config.recompute and not model.trunk.recomputes:
@@ -131,7 +133,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config)
         self._pack_frozen()
         self.average = Average(model, config.ema) if config.ema else None
-        self.manner = Manner(config.precision, _passes(config), _losses(config))
+        self.manner = Manner(config.precision, _passes(config), losses or _losses(config))
         self.progress = Progress(seconds=self.start.seconds, positions=self.start.positions)
         self._best: dict[str, torch.Tensor] = {}
         model.trunk.recompute = config.recompute

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,19 +37,34 @@ def once(model: Model, batch: Batch, backward: Backward) -> tuple[Mapping[str, f
     return backward(1.0), {}
 
 
-class Losses(Protocol):
-    """What each item's loss is: by head the unreduced losses, and further items by name to report the mean of."""
+class Losses(ABC):
+    """What each item's loss is, and how much it weighs."""
 
-    def __call__(self, task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]: ...
+    @abstractmethod
+    def __call__(self, task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]:
+        """By head the unreduced losses, in the order of `weights`, and further items by name to report the mean of."""
+
+    def weights(self, task: Task, batch: Batch) -> Mapping[str, np.ndarray]:
+        """By head the weight of each item's loss, known before the forward pass: the task's own."""
+        return task.item_weights(batch)
+
+    def couples(self, task: Task) -> bool:
+        """Whether the loss of an example depends on the others of its batch: as the task says."""
+        return task.couples
 
 
-def plain(task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]:
+class Plain(Losses):
     """The task's own."""
-    return task.item_losses(forward(), batch), {}
+
+    def __call__(self, task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]:
+        return task.item_losses(forward(), batch), {}
+
+
+plain = Plain()
 
 
 @dataclass(frozen=True)
-class RDrop:
+class RDrop(Losses):
     """Two passes under different dropout that must agree (Liang et al. 2021): the mean of their losses, and `weight`
     times half the symmetric divergence between what they say."""
 

@@ -74,9 +74,9 @@ def accumulate(
     batch is cut into micro-batches does not matter. `seed` alone fixes dropout.
     """
     manner = manner or Manner()
-    if task.couples and len(micro_batches) > 1:
+    if manner.losses.couples(task) and len(micro_batches) > 1:
         return _accumulate_coupled(model, task, micro_batches, seed, manner), {}
-    weights = [task.item_weights(batch) for batch in micro_batches]
+    weights = [manner.losses.weights(task, batch) for batch in micro_batches]
     totals: dict[str, float] = {}
     for one in weights:
         for head, values in one.items():
@@ -85,7 +85,7 @@ def accumulate(
     losses = dict.fromkeys(live, 0.0)
     acted: dict[str, list[float]] = {}
     for i, (batch, one) in enumerate(zip(micro_batches, weights, strict=True)):
-        shares = {head: one[head].astype(np.float64) / totals[head] for head in live if one[head].any()}
+        shares = {head: one[head].astype(np.float64) / totals[head] for head in live if head in one and one[head].any()}
         if not shares:
             continue
         torch.manual_seed(_mix(seed, i))

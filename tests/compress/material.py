@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from tests.small_classifier import LABELS, small_classifier, small_tokenizer
+from tests.small_classifier import LABELS, small_classifier, small_tokenizer, write_artifact
 
 from lexmill.compress import Material
 from lexmill.engine import Loaded, TorchEngine
+from lexmill.engine.loaded import load
 from lexmill.evaluate import answered
+from lexmill.models import weights_digest
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -32,3 +36,12 @@ def material_of(*teachers: Loaded, train: int = 96, unlabelled: int = 0) -> Mate
         validation=rows_of(first, 64, seed=1),
         unlabelled=[{"question": text} for text in texts(unlabelled, seed=2)],
     )
+
+
+def assert_reloads(loaded: Loaded, folder: Path) -> None:
+    """What is written and read again has the same weights, bit for bit, and gives the same answers in an engine."""
+    again = load(write_artifact(loaded, folder / "out"))
+    assert weights_digest(again.model) == weights_digest(loaded.model)
+    asked = [{"question": text} for text in texts(12, seed=3)]
+    found = [[one["label"] for one in answered(TorchEngine(each), asked)[1]] for each in (again, loaded)]
+    np.testing.assert_array_equal(*found)

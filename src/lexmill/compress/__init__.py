@@ -2,5 +2,6 @@
 
 from lexmill.compress.base import Material, Method, Step, batches, check_order, find, known, register
 from lexmill.compress.distil import Distil
+from lexmill.compress.factorise import Factorise
 
-__all__ = ["Distil", "Material", "Method", "Step", "batches", "check_order", "find", "known", "register"]
+__all__ = ["Distil", "Factorise", "Material", "Method", "Step", "batches", "check_order", "find", "known", "register"]

@@ -281,7 +281,7 @@ def _trunk_tensors(
     shapes = {ours: list(tensor.shape) for ours, tensor in trunk.state_dict().items()}
     places = _places(family, trunk)
     found = {family.canonical(name): name for name in files.names}
-    prefix = max(("", family.prefix), key=lambda start: sum(start + place.name in found for place in places))
+    prefix = max(("", family.prefix), key=lambda start: sum(_file_name(start, place.name) in found for place in places))
     wanted = {_file_name(prefix, place.name): place for place in places}
     missing = [theirs for theirs in wanted if theirs not in found]
     if missing:

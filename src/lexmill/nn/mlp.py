@@ -38,8 +38,10 @@ class MLP(nn.Module):
             return self.down(self._activated(self.up, x))
         return self.down(self._activated(self.gate, x) * self.up(x))
 
-    def _activated(self, layer: Linear, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
-        dense = type(layer) is Linear and layer.quantised is None
-        dense = dense and not layer._forward_hooks and not layer._forward_pre_hooks
-        found = activated(x, layer.weight, layer.bias, self.activation) if dense else None
-        return ACTIVATIONS[self.activation](layer(x)) if found is None else found
+    def _activated(self, layer: nn.Module, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        if type(layer) is Linear and layer.quantised is None and not hooked:
+            found = activated(x, layer.weight, layer.bias, self.activation)
+            if found is not None:
+                return found
+        return ACTIVATIONS[self.activation](layer(x))

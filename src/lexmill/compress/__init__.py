@@ -2,6 +2,19 @@
 
 from lexmill.compress.base import Material, Method, Step, batches, check_order, find, known, register
 from lexmill.compress.distil import Distil
+from lexmill.compress.exits import EarlyExits
 from lexmill.compress.factorise import Factorise
 
-__all__ = ["Distil", "Factorise", "Material", "Method", "Step", "batches", "check_order", "find", "known", "register"]
+__all__ = [
+    "Distil",
+    "EarlyExits",
+    "Factorise",
+    "Material",
+    "Method",
+    "Step",
+    "batches",
+    "check_order",
+    "find",
+    "known",
+    "register",
+]

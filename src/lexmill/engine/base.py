@@ -51,7 +51,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine has computed since it was opened: real tokens, and positions for them, fillers included."""
+    """What an engine has computed since it was opened: real tokens, and positions for them, fillers included.
+    A position that left after half of the layers counts half."""
 
     tokens: int = 0
     positions: int = 0

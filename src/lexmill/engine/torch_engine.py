@@ -158,8 +158,8 @@ class TorchEngine:
     def _forward(self, items: Sequence[tuple[Any, Record, str | None, Hear | None]]) -> list[Any]:
         answers: list[Any] = [None] * len(items)
         parts = batches_by_adapter(self._loaded.model, [one[0] for one in items], [one[2] for one in items])
-        done = self._work.tokens + sum(batch.num_tokens for _, batch in parts.values())
-        self._work = Work(done, done)
+        trunk, tokens = self._loaded.model.trunk, sum(batch.num_tokens for _, batch in parts.values())
+        exited = trunk.exited_rows
         for adapter, (own, batch) in parts.items():
             loaded = self._loaded.of(adapter)
             with loaded.acting() as model:
@@ -170,6 +170,8 @@ class TorchEngine:
                     found = loaded.task.answer(model, batch, records, loaded.tokenizer)
             for i, answer in zip(own, found, strict=True):
                 answers[i] = answer
+        computed = tokens - round((trunk.exited_rows - exited) / len(trunk.layers))
+        self._work = Work(self._work.tokens + tokens, self._work.positions + computed)
         return answers
 
 

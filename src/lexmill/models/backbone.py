@@ -163,6 +163,7 @@ class Transformer(Trunk):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.exits = None
         self.fan_in = config.initializer_fan_in
         self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         shapes = [config.layer(config.schedule.index(stored)) for stored in range(config.num_stored_layers)]

@@ -15,12 +15,13 @@ from lexmill.models import families
 from lexmill.models.backbone import initialise
 from lexmill.models.config import LayerOverride
 from lexmill.models.encoder_decoder import EncoderDecoder, Memory
+from lexmill.models.exits import Exits
 from lexmill.models.heads import ClassifierHead, ClassifierShape, Head, LMHead, SpanHead, SpanShape
 from lexmill.models.trunk import Only, Structure, Trunk
 from lexmill.nn.addition import describe_additions
 from lexmill.nn.attention import Attention
 from lexmill.nn.dropout import Dropout
-from lexmill.nn.layout import Layout
+from lexmill.nn.layout import Layout, Packed
 from lexmill.nn.pooling import Pooling, pool
 
 
@@ -190,8 +191,15 @@ class Model(nn.Module):
         types: Int[Tensor, "*rows"] | None = None,
         heads: Sequence[str] | None = None,
     ) -> dict[str, Float[Tensor, "*some_rows out"]]:
-        """What heads say, by name; all of them where `heads` is None. The trunk runs once."""
+        """What heads say, by name; all of them where `heads` is None. The trunk runs once.
+
+        Outside training, packed texts may leave at the trunk's exits, where these are for the one head that is asked.
+        """
         names = list(self.heads) if heads is None else list(heads)
+        exits = self.trunk.exits
+        if isinstance(exits, Exits) and exits.acts_on(names) and isinstance(layout, Packed) and not self.training:
+            last = cast("ClassifierHead", self.heads[names[0]])
+            return {names[0]: exits.run(self.trunk, last, ids, positions, layout, types)}
         wants: dict[str, Pooling | None] = {}
         for name in names:
             wants[name] = cast("Head", self.heads[name]).pooling

@@ -129,6 +129,7 @@ class Recurrent(Trunk):
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__()
         self.config: RecurrentConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.exits = None
         self.embeddings: RecurrentEmbeddings = RecurrentEmbeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         widths = [config.embedding_size, *[config.hidden_size] * config.num_layers]
         self.layers = nn.ModuleList(

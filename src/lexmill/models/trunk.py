@@ -69,6 +69,10 @@ class Trunk(nn.Module, ABC):
     """Rows computed so far, padding included, summed over the layers that they went through."""
     known_rows: int = 0
     """Rows not computed, since what layers make of them was known; summed over these layers."""
+    exited_rows: int = 0
+    """Rows not computed, since their text had left at an exit; summed over the layers that it did not go through."""
+    exits: nn.Module | None
+    """Heads after inner layers that answer a text early, where there are such; see `exits`."""
     sides: ClassVar[int] = 1
     """Through how many sets of layers tokens go, each through its own: two where a decoder reads an encoder."""
     fan_in: bool = False

@@ -21,8 +21,8 @@ from lexmill.models.exits import Exits
 
 
 def with_exits(**options: Any) -> tuple[Loaded, dict[str, float]]:
-    method, read = Step("exits", {"epochs": 6, "learning_rate": 1e-2, "max_drop": 0.2, **options}).read("steps[0]")
-    return method.apply(small_classifier(), material_of(small_classifier(), train=192), read)
+    method, read = Step("exits", {"epochs": 4, "learning_rate": 1e-2, "max_drop": 0.2, **options}).read("steps[0]")
+    return method.apply(small_classifier(), material_of(small_classifier(), train=128), read)
 
 
 @pytest.mark.parametrize("options", [{}, {"by": "entropy", "train": "joint", "learning_rate": 1e-3}])

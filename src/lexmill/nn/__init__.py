@@ -6,6 +6,7 @@ from lexmill.nn.dropout import Dropout
 from lexmill.nn.embedding import Embedding
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
+from lexmill.nn.low_rank import LowRankLinear
 from lexmill.nn.mlp import MLP
 from lexmill.nn.norm import LayerNorm, RMSNorm
 from lexmill.nn.pooling import pool
@@ -22,6 +23,7 @@ __all__ = [
     "LayerNorm",
     "Layout",
     "Linear",
+    "LowRankLinear",
     "Packed",
     "RMSNorm",
     "RelativeBias",

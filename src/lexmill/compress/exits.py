@@ -40,7 +40,7 @@ class ExitsOptions:
     Args:
         layers: after how many layers there is an exit, each; empty for all but the lowest third and the last.
         train: the new `heads` alone, or all weights `joint` with them.
-        epochs, learning_rate: of that.
+        epochs, learning_rate: of that; the rate is 5e-3 for the heads and 2e-4 for all weights where None.
         by: how sure an exit is: its largest probability, or one less its entropy as a share of the most possible.
         max_drop: the accuracy on validation rows that may be lost, as a share of 1.
     """
@@ -48,7 +48,7 @@ class ExitsOptions:
     layers: tuple[Annotated[int, Ge(1)], ...] = ()
     train: Literal["heads", "joint"] = "heads"
     epochs: Annotated[int, Ge(1)] = 4
-    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    learning_rate: Annotated[float, Gt(0)] | None = None
     by: Certainty = "probability"
     max_drop: Annotated[float, Ge(0)] = 0.005
 
@@ -116,7 +116,8 @@ def _head(subject: Loaded) -> tuple[str, ClassifierHead]:
 def _attach(subject: Loaded, options: ExitsOptions, seed: int) -> Exits:
     name, head = _head(subject)
     model = subject.model
-    shape = replace(head.shape, transform=None, norm_eps=None)
+    # Below the last layer, what a text says is not gathered in one token yet.
+    shape = replace(head.shape, transform=None, norm_eps=None, pooling="mean")
     exits = Exits(model.config.hidden_size, name, options.layers or _usual(_depth(subject)), shape, options.by)
     initialise(exits, model.config.initializer_range, torch.Generator().manual_seed(seed))
     model.trunk.exits = exits.to(model.device, model.dtype)
@@ -161,7 +162,7 @@ def _train(subject: Loaded, exits: Exits, material: Material, options: ExitsOpti
     config = TrainConfig(
         epochs=options.epochs,
         seed=material.seed,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate or (2e-4 if joint else 5e-3),
         precision="bf16" if multiplies_fast(torch.bfloat16, model.device) else "fp32",
     )
     data = lessons(subject, material.train, (), ())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lexmill.artifact import Artifact
     from lexmill.artifact.gguf import Imported
+    from lexmill.compress import CompressResult
     from lexmill.data import Source
     from lexmill.data.augment import Edit
     from lexmill.data.check import DataReport
@@ -139,6 +140,46 @@ def combine(base: Path | str, adapters: Mapping[str, Path | str], *, out: Path |
     from lexmill.fit.combine import combine
 
     return combine(str(base), {name: Path(path) for name, path in adapters.items()}, out)
+
+
+def compress(
+    artifact: Path | str,
+    *,
+    out: Path | str,
+    steps: Sequence[str | Mapping[str, Any]] = (),
+    config: Path | str | None = None,
+    max_drop: float | None = None,
+    data: Path | str | None = None,
+    validation: Path | str | None = None,
+    test: Path | str | None = None,
+    unlabelled: Path | str | None = None,
+    seed: int | None = None,
+    watch: Watch | None = None,
+) -> CompressResult:
+    """Make a model smaller or faster by a chain of methods, and prove what that costs.
+
+    Args:
+        out: the artefact to write; must not exist.
+        steps: methods in order, each as `METHOD,KEY=VALUE,…` or as a mapping with the key `method`.
+        config: the chain and all else in TOML.
+        max_drop: the largest loss of the mean score a row; where the paired 95 % interval goes beyond, nothing is
+            written.
+        data, validation, test: rows to learn from, to choose on, and for the proof; those of `fit` otherwise.
+        unlabelled: rows without labels that distillation learns from.
+
+    Raises:
+        UserError: for an illegal order of steps, wrong options, missing or changed rows.
+        Failure: the loss is not proved to be within `max_drop`.
+    """
+    from lexmill.compress import CompressConfig, compress, read_step
+    from lexmill.config import load
+
+    files = {"train": data, "validation": validation, "test": test, "unlabelled": unlabelled}
+    flags: dict[str, Any] = {f"data.{part}": path for part, path in files.items()}
+    chain = [read_step(step) if isinstance(step, str) else dict(step) for step in steps]
+    flags |= {"steps": chain or None, "max_drop": max_drop, "seed": seed}
+    loaded = load(CompressConfig, file=Path(config) if config is not None else None, flags=flags)
+    return compress(artifact, out, loaded.value, watch=watch)
 
 
 def check(

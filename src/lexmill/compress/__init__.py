@@ -1,20 +1,27 @@
 """Smaller and faster models, with proof: distil, prune, quantise, factorise, and the search under a budget."""
 
-from lexmill.compress.base import Material, Method, Step, batches, check_order, find, known, register
+from lexmill.compress.base import Material, Method, Step, batches, check_order, find, known, read_step, register
 from lexmill.compress.distil import Distil
 from lexmill.compress.exits import EarlyExits
 from lexmill.compress.factorise import Factorise
+from lexmill.compress.rows import Files
+from lexmill.compress.run import CompressConfig, CompressResult, compress
 
 __all__ = [
+    "CompressConfig",
+    "CompressResult",
     "Distil",
     "EarlyExits",
     "Factorise",
+    "Files",
     "Material",
     "Method",
     "Step",
     "batches",
     "check_order",
+    "compress",
     "find",
     "known",
+    "read_step",
     "register",
 ]

@@ -6,6 +6,7 @@ only through this class.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from lexmill.config import load
+from lexmill.config import load, read_sets
 from lexmill.data.batch import Batch, collate
 from lexmill.engine import Loaded
 from lexmill.engine.torch_engine import micro_batches, num_tokens
@@ -22,6 +23,9 @@ from lexmill.tasks import Record
 
 Stage = Literal["vocabulary", "distil", "prune", "factorise", "exits", "sparsify", "quantise"]
 """The kinds of method. Steps of a chain come in any order that their `after` allows."""
+
+_BETWEEN = re.compile(r",(?=[A-Za-z_][\w.]*=)")
+"""What parts the settings of a step; a list has commas too."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,21 @@ class Step:
             return method, load(method.Options, stored=dict(self.options)).value
         except UserError as error:
             raise UserError(error.message, where=f"{where} ({self.method})", hint=error.hint) from error
+
+
+def read_step(text: str) -> dict[str, Any]:
+    """`distil,layers=3,recovery.epochs=8` as the table of a step; see `config.load` for how values are written."""
+    name, *settings = _BETWEEN.split(text)
+    if "=" in name or not name:
+        raise UserError("names no method", where=f"--step {text}", hint="write --step distil,layers=3")
+    found: dict[str, Any] = {"method": name}
+    for key, value in read_sets(settings).items():
+        *tables, last = key.split(".")
+        inner = found
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[last] = value
+    return found
 
 
 def check_order(steps: Sequence[Step]) -> None:

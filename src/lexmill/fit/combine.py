@@ -13,19 +13,18 @@ import torch
 from lexmill import models
 from lexmill.adapt import ADAPTER, adapter_tensors, add_adapter, save_heads
 from lexmill.adapt.peft import CONFIG, WEIGHTS
-from lexmill.artifact import Artifact, Environment, Manifest, Transform, Writer, create, render_card
+from lexmill.artifact import Artifact, Manifest, Transform, Writer, create, render_card
 from lexmill.data.tokenizer import fingerprint, load_tokenizer
 from lexmill.engine.loaded import ADAPTERS
 from lexmill.errors import UserError
 from lexmill.evaluate import probes
+from lexmill.fit.files import TOKENIZER_FILES, environment
 from lexmill.fit.model import model_directory
-from lexmill.hardware import describe
 from lexmill.models import Model
 from lexmill.nn.lora import LoraLinear
 
 TOLERANCE = 1e-5
 """How far a matrix with its adapter added may be from the one that was trained: max |a - b| / max |b|."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def combine(base: str, adapted: Mapping[str, Path], out: Path | str) -> Artifact:
@@ -48,7 +47,7 @@ def combine(base: str, adapted: Mapping[str, Path], out: Path | str) -> Artifact
     model = models.load(directory)
     with create(out, discard_on_error=True) as writer:
         models.save(model, writer.path("config.json").parent)
-        for file in _TOKENIZER_FILES:
+        for file in ("tokenizer.json", *TOKENIZER_FILES):
             if (directory / file).is_file():
                 shutil.copyfile(directory / file, writer.path(file))
         if own is not None:
@@ -62,7 +61,6 @@ def combine(base: str, adapted: Mapping[str, Path], out: Path | str) -> Artifact
         first = next(iter(sources.values()))
         effect = {"adapters": float(len(sources)), "seconds": time.perf_counter() - began}
         parameters: dict[str, Any] = {"base": base, ADAPTERS: {name: str(path) for name, path in adapted.items()}}
-        machine = describe()
         writer.manifest = Manifest(
             task=first.manifest.task if own is None else own.manifest.task,
             structure={**structure, ADAPTERS: entries},
@@ -70,11 +68,7 @@ def combine(base: str, adapted: Mapping[str, Path], out: Path | str) -> Artifact
                 *(() if own is None else own.manifest.history),
                 Transform(name="combine", parameters=parameters, effect=effect),
             ),
-            environment=Environment(
-                torch=str(machine["torch"]),
-                cpu_capability=str(machine["cpu_capability"]),
-                threads=int(machine["threads"]),
-            ),
+            environment=environment(),
             weights=weights | models.digest(adapter_tensors(combined)),
         )
         writer.path("card.md").write_text(render_card(writer.manifest, out.name), "utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -18,7 +17,6 @@ from lexmill import models
 from lexmill.adapt import ADAPTER, Adapted, adapt, save_adapted
 from lexmill.artifact import (
     Artifact,
-    Environment,
     Manifest,
     Metric,
     TaskRecord,
@@ -33,8 +31,9 @@ from lexmill.data.tokenizer import check_vocabulary
 from lexmill.engine import TorchEngine
 from lexmill.engine.loaded import Loaded
 from lexmill.errors import Failure, MissingExtra, UserError
-from lexmill.evaluate import Evaluation, answered, evaluate, probes
+from lexmill.evaluate import Evaluation, answered, evaluate
 from lexmill.fit.config import FitConfig
+from lexmill.fit.files import environment, metrics_of, write_model
 from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, Subset, ask_first, examples, fingerprints, held_out, prepare, records
@@ -189,7 +188,7 @@ class _Run:
             if test is not None:
                 tracked.emit({"phase": "test", "step": training.steps, **test.metrics.values})
         self.model.cpu()
-        self._write_model()
+        write_model(self.writer, self.loaded, self.prepared.tokenizer_files)
         if test is not None:
             self.writer.path(EVALUATION_FILE).write_text(json.dumps(test.to_dict()), "utf-8")
         self._report(training, test)
@@ -289,21 +288,6 @@ class _Run:
         self.watch.note("evaluating on the test rows")
         return evaluate(self._engine(), records(test))
 
-    def _write_model(self) -> None:
-        labels = {name: names for name, names in self.prepared.task.labels().items() if names}
-        only = next(iter(labels.values())) if len(labels) == 1 else None
-        models.save(self.model, self.writer.path("config.json").parent, labels=only)
-        for name, content in self.prepared.task.files(self.model).items():
-            self.writer.path(name).write_text(content, "utf-8")
-        source = self.prepared.tokenizer_files
-        self.prepared.tokenizer.no_truncation()
-        self.prepared.tokenizer.save(str(self.writer.path("tokenizer.json")))
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, self.writer.path(name))
-        recorded = probes.record(self.prepared.task, self.model, self.prepared.tokenizer)
-        self.writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), "utf-8")
-
     def _report(self, training: TrainResult, test: Evaluation | None) -> None:
         from lexmill.evaluate.report import Report, write_report
 
@@ -324,25 +308,16 @@ class _Run:
             self.watch.note(f"no HTML report: {missing}")
 
     def _manifest(self, effect: Mapping[str, float], test: Evaluation | None) -> Manifest:
-        prepared, machine = self.prepared, describe()
+        prepared = self.prepared
         return Manifest(
             task=TaskRecord(name=prepared.task.name, state=prepared.task.state()),
             structure=self.model.structure(),
             data=dict(self.data),
-            metrics={"test": _metrics(test)} if test else {},
+            metrics={"test": metrics_of(test)} if test else {},
             history=(
                 *self.begun.history,
                 Transform(name="fit", parameters=to_dict(prepared.config), effect=dict(effect)),
             ),
-            environment=Environment(
-                torch=str(machine["torch"]),
-                cpu_capability=str(machine["cpu_capability"]),
-                threads=int(machine["threads"]),
-            ),
+            environment=environment(),
             weights=models.weights_digest(self.model),
         )
-
-
-def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
-    metrics = evaluation.metrics
-    return {name: Metric(value=v, interval=metrics.intervals.get(name)) for name, v in metrics.values.items()}

@@ -1,0 +1,95 @@
+"""How much worse a compressed model is, on rows that nothing was chosen on, and whether that is proved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lexmill import metrics
+from lexmill.engine import TorchEngine
+from lexmill.errors import UserError
+from lexmill.evaluate import Evaluation, answered
+from lexmill.metrics import Difference
+from lexmill.tasks import Record
+
+NORMAL = 1.959964
+"""The normal distribution's 97.5 % quantile."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The drop of the mean score a row from the source to the compressed model; positive where that is worse.
+
+    Args:
+        interval: its paired 95 % interval over resamples of the rows.
+        rows: how many were scored.
+        allowed: the largest drop that was allowed, if one was.
+        rows_needed: about how many rows would prove a drop of this size to be within what is allowed; None where it is
+            proved already, where nothing was asked, or where no number of rows would.
+        where: which rows these are.
+    """
+
+    drop: float
+    interval: tuple[float, float]
+    rows: int
+    where: str
+    allowed: float | None = None
+    rows_needed: int | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the drop is within what is allowed with 97.5 % confidence, or nothing was asked."""
+        return self.allowed is None or self.interval[1] <= self.allowed
+
+    def lines(self) -> list[str]:
+        low, high = self.interval
+        said = f"score lost: {self.drop:+.4f} (paired 95 % interval {low:+.4f} to {high:+.4f}) on {self.rows:,} rows"
+        lines = [f"{said}: {self.where}"]
+        if self.allowed is not None:
+            verdict = "proved to be within" if self.holds else "not proved to be within"
+            lines.append(f"{verdict} the {self.allowed:g} that may be lost")
+        if self.rows_needed is not None:
+            lines.append(f"to prove a loss of this size, about {self.rows_needed:,} rows are needed")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "interval": list(self.interval), "holds": self.holds}
+
+
+def prove(
+    source: TorchEngine, compressed: TorchEngine, rows: Sequence[Record], *, where: str, allowed: float | None
+) -> tuple[Proof | None, Evaluation]:
+    """Let both models answer the rows, each once.
+
+    Returns:
+        The proof, or None where the task has no score for a single row; and the evaluation of the compressed model.
+
+    Raises:
+        UserError: a drop was to be kept within bounds, and the task has no score for a single row.
+    """
+    found = [answered(engine, rows) for engine in (source, compressed)]
+    evaluation = Evaluation(compressed.task.evaluate(found[1][1], rows), len(rows))
+    engines = (source, compressed)
+    scores = [one.task.item_scores(answers, rows) for one, (_, answers) in zip(engines, found, strict=True)]
+    if scores[0] is None or scores[1] is None:
+        if allowed is not None:
+            hint = "leave --max-drop out, and compare what is measured"
+            raise UserError(f"the task '{source.task.name}' has no score for a single row", hint=hint)
+        return None, evaluation
+    both = ~np.isnan(scores[0]) & ~np.isnan(scores[1])
+    before, after = scores[0][both].astype(np.float64), scores[1][both].astype(np.float64)
+    if not len(before):
+        raise UserError("no row could be scored by both", hint="are the labels in the column of training?")
+    lost = metrics.paired_bootstrap(lambda i: float(after[i].mean()), lambda i: float(before[i].mean()), len(before))
+    return _judged(lost, float((before - after).std()), len(before), where, allowed), evaluation
+
+
+def _judged(lost: Difference, deviation: float, rows: int, where: str, allowed: float | None) -> Proof:
+    needed = None
+    if allowed is not None and lost.value < allowed < lost.interval[1]:
+        needed = math.ceil((NORMAL * deviation / (allowed - lost.value)) ** 2)
+    return Proof(lost.value, lost.interval, rows, where, allowed, needed)

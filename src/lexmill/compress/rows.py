@@ -1,0 +1,125 @@
+"""Which rows a compression learns from, which it chooses on, and which its proof is made on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lexmill.artifact import Artifact
+from lexmill.data import Source, data_fingerprint, open_source
+from lexmill.errors import UserError
+from lexmill.tasks import Record
+
+HELD_OUT = 0.1
+"""Share of the training rows that choices are made on where there is no file of validation rows."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Labelled rows; what is not given is what the artefact was fitted with.
+
+    Args:
+        train: to train and calibrate on.
+        validation: to choose on.
+        test: for the proof; half of the validation rows where there are none.
+        unlabelled: rows without labels that distillation may learn from.
+    """
+
+    train: Path | None = None
+    validation: Path | None = None
+    test: Path | None = None
+    unlabelled: Path | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one compression; no row is in two of them.
+
+    Args:
+        proof_from: what the proof's rows are, in words.
+        data: the fingerprint of each file.
+    """
+
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    proof: Sequence[Record]
+    unlabelled: Sequence[Record]
+    proof_from: str
+    data: Mapping[str, Any]
+
+
+def find_rows(artifact: Artifact, files: Files, seed: int) -> Rows:
+    """Read the rows. Those to choose on are drawn by the seed where there is no file of them.
+
+    Raises:
+        UserError: a file is missing, or is not the one that the artefact was fitted with, or there are no rows for a
+            proof that the model was not trained on.
+    """
+    recorded = _recorded(artifact)
+    sources: dict[str, Source] = {}
+    for part in ("train", "validation", "test"):
+        given = cast("Path | None", getattr(files, part))
+        source = _given(given) if given is not None else _as_fitted(artifact, recorded, part)
+        if source is not None:
+            sources[part] = source
+    if "train" not in sources:
+        raise UserError("the artefact does not say what it was trained on", hint="name the rows with --data FILE")
+    if files.unlabelled is not None:
+        sources["unlabelled"] = _given(files.unlabelled)
+    read = {part: [row.values for row in source] for part, source in sources.items()}
+    train, order = read["train"], np.random.default_rng(seed)
+    if "validation" in read:
+        choose = read["validation"]
+    else:
+        chosen = set(order.permutation(len(train))[: round(HELD_OUT * len(train))].tolist())
+        choose = [row for i, row in enumerate(train) if i in chosen]
+        train = [row for i, row in enumerate(train) if i not in chosen]
+    if "test" in read:
+        proof, proof_from = read["test"], f"{sources['test'].path.name}, opened once"
+    elif "validation" in read:
+        mixed = [choose[i] for i in order.permutation(len(choose))]
+        choose, proof = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+        proof_from = f"half of {sources['validation'].path.name}, which nothing was chosen on"
+    else:
+        hint = "give --test FILE, or --validation FILE, of which half is kept for the proof"
+        raise UserError("no rows for a proof: all that are known were trained on", hint=hint)
+    if not choose or not proof:
+        raise UserError("too few rows: none are left to choose on or to prove on", hint="give more with --validation")
+    data = {part: data_fingerprint(source, len(read[part])) for part, source in sources.items()}
+    return Rows(train, choose, proof, read.get("unlabelled", []), proof_from, data)
+
+
+def _given(path: Path) -> Source:
+    return open_source(path)
+
+
+def _recorded(artifact: Artifact) -> Mapping[str, Any]:
+    """How the last `fit` was told to read its data."""
+    for step in reversed(artifact.manifest.history):
+        if step.name == "fit":
+            return cast("Mapping[str, Any]", step.parameters.get("data") or {})
+    return {}
+
+
+def _as_fitted(artifact: Artifact, recorded: Mapping[str, Any], part: str) -> Source | None:
+    path = recorded.get(part)
+    if not path:
+        return None
+    hint = f"name the rows with --{'data' if part == 'train' else part} FILE"
+    if not Path(path).is_file():
+        raise UserError("the file that the artefact was fitted with is gone", where=str(path), hint=hint)
+    source = open_source(
+        Path(path),
+        encoding=recorded["encoding"],
+        delimiter=recorded.get("delimiter"),
+        skip_bad=recorded["skip_bad"],
+        max_line_bytes=recorded["max_line_bytes"],
+    )
+    known = cast("Mapping[str, Any]", artifact.manifest.data.get(part) or {})
+    if known.get("sha256") != data_fingerprint(source)["sha256"]:
+        raise UserError("has changed since the artefact was fitted with it", where=str(path), hint=hint)
+    return source

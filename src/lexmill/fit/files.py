@@ -1,0 +1,52 @@
+"""What a model leaves in an artefact, whichever verb made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from lexmill import models
+from lexmill.artifact import Environment, Metric, Writer
+from lexmill.engine import Loaded
+from lexmill.evaluate import Evaluation, probes
+from lexmill.hardware import describe
+
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+"""What stands beside `tokenizer.json` for other programs."""
+
+
+def write_model(writer: Writer, loaded: Loaded, source: Path) -> None:
+    """The model, its tokenizer, what its task adds, and the probes as it answers them in memory.
+
+    Args:
+        source: the directory that the tokenizer is from.
+    """
+    named = {name: names for name, names in loaded.task.labels().items() if names}
+    only = next(iter(named.values())) if len(named) == 1 else None
+    models.save(loaded.model, writer.path("config.json").parent, labels=only)
+    for name, content in loaded.task.files(loaded.model).items():
+        writer.path(name).write_text(content, "utf-8")
+    loaded.tokenizer.no_truncation()
+    loaded.tokenizer.save(str(writer.path("tokenizer.json")))
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, writer.path(name))
+    recorded = probes.record(loaded.task, loaded.model, loaded.tokenizer)
+    writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), "utf-8")
+
+
+def environment() -> Environment:
+    """This machine, as a manifest has it."""
+    machine = describe()
+    return Environment(
+        torch=str(machine["torch"]),
+        cpu_capability=str(machine["cpu_capability"]),
+        threads=int(machine["threads"]),
+    )
+
+
+def metrics_of(evaluation: Evaluation) -> dict[str, Metric]:
+    """As a manifest has them."""
+    found = evaluation.metrics
+    return {name: Metric(value=value, interval=found.intervals.get(name)) for name, value in found.values.items()}

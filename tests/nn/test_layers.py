@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from lexmill.errors import UserError
 from lexmill.nn import MLP, Dense, Embedding, KVCache, LayerNorm, Linear, Packed, RMSNorm, RopeScaling, Rotary, pool
 from lexmill.nn import linear as kinds
+from lexmill.nn.activation import ACTIVATIONS
 from lexmill.nn.matmul import fitting_rows
-from lexmill.nn.mlp import ACTIVATIONS
 from lexmill.nn.rotary import frequencies, rotate
 
 

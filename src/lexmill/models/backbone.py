@@ -261,7 +261,7 @@ class Transformer(Trunk):
             positions = positions + self.prefix_length
         count = len(self.layers)
         whole = cache is not None or collect is not None or inputs_embeds is not None
-        known = None if whole else known_states(ids, layout, self.embeddings.token.weight.dtype)
+        known = None if whole else known_states(ids, layout, self.embeddings.token.like.dtype)
         start, x = known or (0, self.embeddings(ids, positions, types, inputs_embeds))
         stop = count if until is None else until
         if not torch.compiler.is_compiling():
@@ -325,9 +325,9 @@ class Transformer(Trunk):
 
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty cache for this many sequences, in the precision and on the device of the weights."""
-        weight = self.embeddings.token.weight
+        like = self.embeddings.token.like
         shapes = [(self.config.layer(i).num_kv_heads, self.config.head_dim) for i in range(self.config.num_layers)]
-        return KVCache(shapes, num_sequences, capacity, weight.dtype, weight.device)
+        return KVCache(shapes, num_sequences, capacity, like.dtype, like.device)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
         initialise(self, self.config.initializer_range, generator, fan_in=self.fan_in)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, cast
 
 from lexmill.errors import UserError
-from lexmill.nn.mlp import Activation
+from lexmill.nn.activation import Activation
 from lexmill.nn.norm import NormKind
 from lexmill.nn.rotary import RopeScaling
 

@@ -196,8 +196,8 @@ class EncoderDecoder(Transformer):
 
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty cache for the decoder."""
-        weight, config = self.embeddings.token.weight, self.config
+        like, config = self.embeddings.token.like, self.config
         shapes = [
             (config.layer(config.num_layers + i).num_kv_heads, config.head_dim) for i in range(config.decoder_layers)
         ]
-        return KVCache(shapes, num_sequences, capacity, weight.dtype, weight.device)
+        return KVCache(shapes, num_sequences, capacity, like.dtype, like.device)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from lexmill.errors import UserError
 from lexmill.models.config import strict
 from lexmill.models.trunk import Trunk
+from lexmill.nn.activation import ACTIVATIONS, Activation
 from lexmill.nn.dropout import Dropout
 from lexmill.nn.linear import Linear
-from lexmill.nn.mlp import ACTIVATIONS, Activation
 from lexmill.nn.norm import LayerNorm
 from lexmill.nn.pooling import Pooling
 from lexmill.nn.token_loss import token_losses

@@ -22,6 +22,7 @@ from lexmill.models.heads import ClassifierHead, Head, LMHead, build_head
 from lexmill.models.model import Model, Origin
 from lexmill.models.trunk import Structure, Trunk
 from lexmill.nn.addition import additions, restore_additions
+from lexmill.nn.embedding import Embedding
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -84,7 +85,8 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     rest = [name for name in files.names if name not in files.taken]
     model = Model(trunk, family.name, extras={name: files.read(name) for name in rest}, origin=origin).eval()
     output = model.spare("lm").get("output.weight")
-    if output is not None and not torch.equal(output.to(model.dtype), trunk.embeddings.token.weight):
+    table = cast("nn.Module", trunk.embeddings.token)
+    if output is not None and not (isinstance(table, Embedding) and torch.equal(output.to(model.dtype), table.weight)):
         trunk.config = replace(cast("Any", config), tied_output=False)  # whatever the config says
     _attach_heads(model, own.get("heads", {}), files, f"{where}: {OWN_KEY}.heads")
     return model

@@ -69,11 +69,11 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.trunk.embeddings.token.weight.device
+        return self.trunk.embeddings.token.like.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.trunk.embeddings.token.weight.dtype
+        return self.trunk.embeddings.token.like.dtype
 
     @property
     def head_defaults(self) -> ClassifierShape:
@@ -318,8 +318,8 @@ class Model(nn.Module):
         return {ours: found[theirs] for ours, theirs in named.items() if theirs in found}
 
     def _start(self, head: Head, use: families.Use, parts: tuple[str, ...] = ("",)) -> None:
-        shared = self.trunk.embeddings.token.weight
-        own = {name: parameter for name, parameter in head.named_parameters() if parameter is not shared}
+        shared = {id(one) for one in self.trunk.embeddings.token.parameters()}
+        own = {name: parameter for name, parameter in head.named_parameters() if id(parameter) not in shared}
         with torch.no_grad():
             for name, tensor in self.spare(use).items():
                 if name.startswith(parts) and name in own and own[name].shape == tensor.shape:

@@ -153,7 +153,7 @@ class Recurrent(Trunk):
     ) -> Float[Tensor, "*some_rows dim"]:
         """See `Trunk.forward`. Positions and segment types play no part."""
         whole = cache is not None or collect is not None or inputs_embeds is not None
-        known = None if whole else known_states(ids, layout, self.embeddings.token.weight.dtype)
+        known = None if whole else known_states(ids, layout, self.embeddings.token.like.dtype)
         start, x = known or (0, self.embeddings(ids, inputs_embeds))
         layers = range(start, len(self.layers) if until is None else until)
         if isinstance(layout, Dense):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lexmill.models.config import LayerOverride
 from lexmill.nn.cache import Cache
 from lexmill.nn.embedding import Embedding
+from lexmill.nn.int8 import Int8Linear
 from lexmill.nn.layout import Layout, Packed
 from lexmill.nn.linear import Linear
 
@@ -145,8 +146,8 @@ class Trunk(nn.Module, ABC):
 
     def matrices(self, part: nn.Module) -> list[Tensor]:
         """The weights of the embeddings or a layer, `[out, in]`, that each token is multiplied by."""
-        linear = (module for module in part.modules() if isinstance(module, nn.Linear))
-        return [module.matrix if isinstance(module, Linear) else module.weight for module in linear]
+        linear = (module for module in part.modules() if isinstance(module, (nn.Linear, Int8Linear)))
+        return [one.matrix if isinstance(one, (Linear, Int8Linear)) else one.weight for one in linear]
 
     def matmul_shapes(self) -> list[tuple[int, int]]:
         """(in, out) of every matrix that each token is multiplied by, as often as it is."""

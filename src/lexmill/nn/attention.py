@@ -14,6 +14,7 @@ from lexmill.nn import bucketed
 from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
 from lexmill.nn.front import Prefix
+from lexmill.nn.int8 import project
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
 from lexmill.nn.norm import NormKind, norm
@@ -326,7 +327,11 @@ class Attention(nn.Module):
         """
         source = hidden if memory is None else memory
         k_layout = layout if memory_layout is None else memory_layout
-        q, (k, v) = self._heads(self.query(hidden)), known or self.keys_values(source)
+        if memory is None and known is None:
+            q, k, v = (self._heads(x) for x in project([self.query, self.key, self.value], hidden))
+            k = k if self.key_norm is None else self.key_norm(k)
+        else:
+            q, (k, v) = self._heads(self.query(hidden)), known or self.keys_values(source)
         if self.query_norm is not None:
             q = self.query_norm(q)
         if not self.scaled:
@@ -349,7 +354,7 @@ class Attention(nn.Module):
         self, memory: Float[Tensor, "*rows memory_dim"]
     ) -> tuple[Float[Tensor, "*rows kv_head dim"], Float[Tensor, "*rows kv_head dim"]]:
         """What states are asked by and what they answer, before rotation."""
-        k, v = self._heads(self.key(memory)), self._heads(self.value(memory))
+        k, v = (self._heads(x) for x in project([self.key, self.value], memory))
         return (k if self.key_norm is None else self.key_norm(k)), v
 
     def _behind_prefix(

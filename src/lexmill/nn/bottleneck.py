@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lexmill.nn.activation import ACTIVATIONS, Activation
 from lexmill.nn.addition import Addition, register_addition
 from lexmill.nn.linear import Linear, register
-from lexmill.nn.mlp import ACTIVATIONS, Activation
 
 _START = 1e-2
 """The standard deviation of new matrices: small, so that a new adapter is nearly the identity (section 2.1)."""

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lexmill.nn.activation import ACTIVATIONS, Activation
+from lexmill.nn.int8 import Int8Linear, feed_forward, is_hooked, project
 from lexmill.nn.linear import Linear
 from lexmill.nn.matmul import activated
-
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 
 class MLP(nn.Module):
@@ -35,12 +23,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
         if self.gate is None:
+            if isinstance(self.up, Int8Linear) and not is_hooked(self.up):
+                return feed_forward(self.up, self.activation, self.down, x)
             return self.down(self._activated(self.up, x))
+        if isinstance(self.gate, Int8Linear):
+            gate, up = project([self.gate, self.up], x)
+            return self.down(ACTIVATIONS[self.activation](gate) * up)
         return self.down(self._activated(self.gate, x) * self.up(x))
 
     def _activated(self, layer: nn.Module, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
-        hooked = layer._forward_hooks or layer._forward_pre_hooks
-        if type(layer) is Linear and layer.quantised is None and not hooked:
+        if type(layer) is Linear and layer.quantised is None and not is_hooked(layer):
             found = activated(x, layer.weight, layer.bias, self.activation)
             if found is not None:
                 return found

@@ -34,7 +34,7 @@ from lexmill.tasks import Task
 from lexmill.train import Manner, Optimizer, Store, TrainConfig, Trainer, TrainResult, accumulate
 from lexmill.train.adversarial import FGM, FreeLB
 from lexmill.train.average import Average
-from lexmill.train.passes import RDrop
+from lexmill.train.passes import Losses, RDrop
 
 
 def silent(event: Mapping[str, Any]) -> None:
@@ -177,7 +177,7 @@ def test_r_drop_adds_the_divergence_of_two_passes(multi_label: bool) -> None:
     assert losses["label"] == pytest.approx(one["label"] + 2.0 * wanted, rel=1e-4)
 
 
-class _Recording:
+class _Recording(Losses):
     """Two passes whose mean loss counts, and whose outputs are kept."""
 
     def __init__(self, seen: list[Any]) -> None:

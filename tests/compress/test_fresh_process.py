@@ -30,6 +30,8 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("distil", {"family": "gru", "hidden_size": 16, "recovery": _QUICK})],
     [Step("factorise", {"recover": False}), Step("exits", {"max_drop": 0.5, "epochs": 2})],
     [Step("distil", {"intermediate_size": 32, "recovery": _QUICK}), Step("factorise", {"recover": False})],
+    [Step("int8", {"max_error": 1.0})],
+    [Step("factorise", {"recover": False}), Step("int8", {"scheme": "token", "max_error": 1.0})],
 )
 
 

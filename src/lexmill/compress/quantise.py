@@ -1,0 +1,206 @@
+"""Int8: matrices, their inputs and tables of embeddings in bytes, and the traps that lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, cast
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+from lexmill.compress.base import Material, Method, Stage, register
+from lexmill.compress.calibrate import Clip, Group, apart, grids, groups_of, outputs, reaches
+from lexmill.engine import Loaded
+from lexmill.errors import UserError
+from lexmill.models import Model
+from lexmill.nn.embedding import Embedding, Int8Embedding
+from lexmill.nn.int8 import Grid, Int8Linear, Scheme
+from lexmill.nn.linear import Linear
+from lexmill.tasks import Record
+
+_MOST_SPARED = 0.5
+"""Of the groups of layers; beyond that little would be gained."""
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """What may be set for `int8`.
+
+    Args:
+        scheme: `static`, inputs of a layer on one grid that is chosen on training rows, or `token`, every row on its own.
+        rows: training rows that inputs are measured on.
+        clip: how far a static grid reaches: to the farthest (`max`), over 99.99 % of inputs (`percentile`), or to the
+            least mean square error (`mse`).
+        smooth: α of SmoothQuant (Xiao et al. 2023), which moves the reach of columns of hidden states into the
+            matrices; None for none.
+        skip: places of layers, such as `layers.0.mlp`, that stay as they are.
+        spare: whether the most sensitive layers are left as they are until outputs are within `max_error`.
+        max_error: how far outputs may be from those before: the root mean square, as a share of what they vary.
+        embeddings: whether tables of embeddings become bytes too.
+    """
+
+    scheme: Scheme = "static"
+    rows: Annotated[int, Ge(1)] = 256
+    clip: Clip = "max"
+    smooth: Annotated[float, Ge(0), Lt(1)] | None = None
+    skip: tuple[str, ...] = ()
+    spare: bool = True
+    max_error: Annotated[float, Gt(0)] = 0.1
+    embeddings: bool = True
+
+
+@register
+class Int8(Method):
+    """Integer products (Jacob et al. 2018), refused where they would change what the model says."""
+
+    name: ClassVar[str] = "int8"
+    stage: ClassVar[Stage] = "quantise"
+    Options: ClassVar[type] = Int8Options
+    after: ClassVar[Mapping[Stage, str]] = {"quantise": "since the matrices are not whole any more"}
+
+    def check(self, subject: Loaded, options: Int8Options) -> None:
+        if not groups_of(subject.model.trunk):
+            raise UserError(f"'{subject.model.family}' has no linear layers in its layers", hint="distil or prune it")
+        if options.embeddings and subject.model.has_tied_output:
+            raise UserError("an output shares the embeddings", where="embeddings", hint="set embeddings = false")
+        if options.scheme == "token" and options.clip != "max":
+            hint = 'leave it out, or set scheme = "static"'
+            raise UserError("the grid of a row reaches as far as the row", where="clip", hint=hint)
+        places = [place for group in groups_of(subject.model.trunk) for place in group.places]
+        for given in options.skip:
+            if not any(_within(place, given) for place in places):
+                raise UserError(f"there is no linear layer at '{given}'", where="skip", hint=f"one is '{places[0]}'")
+
+    def apply(self, subject: Loaded, material: Material, options: Int8Options) -> tuple[Loaded, dict[str, float]]:
+        self.check(subject, options)
+        rows, shown = material.sample(options.rows), list(material.validation)
+        if not rows:
+            raise UserError("there are no rows to measure on", where="train")
+        before, wanted = _bytes(subject.model), outputs(subject, rows)
+        checked = outputs(subject, shown) if shown else []
+        layers = _quantised(subject, rows, options)
+        tables = _put_tables(subject.model) if options.embeddings else 0
+        for group in layers.groups:
+            layers.put(group)
+        found = apart(outputs(subject, rows), wanted)
+        if found > options.max_error and options.spare:
+            found = _spare(subject, rows, wanted, layers, options.max_error, material)
+        farther = max(found, apart(outputs(subject, shown), checked)) if shown else found
+        # Written so that a NaN is refused too.
+        if not farther <= options.max_error:
+            hint = "set smooth = 0.5, scheme = 'token' or more rows; or a larger max_error, and look at what it costs"
+            what = f"int8 changes the answers: outputs are off by {farther:.1%}, and at most {options.max_error:.1%} was asked"
+            raise UserError(what, where="max_error", hint=hint)
+        inside = [one for one in subject.model.modules() if isinstance(one, Int8Linear)]
+        numbers = {
+            "layers_int8": len(inside),
+            "layers_skipped": sum(len(group.places) for group in groups_of(subject.model.trunk)),
+            "kernels_int8": sum(one.ran == "onednn" for one in inside),
+            "tables_int8": tables,
+            "output_error": found,
+            "validation_error": farther,
+            "bytes_before": before,
+            "bytes_after": _bytes(subject.model),
+        }
+        return subject, {name: float(value) for name, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The same layers dense and in bytes, by place."""
+
+    trunk: nn.Module
+    groups: Sequence[Group]
+    dense: Mapping[str, nn.Module]
+    int8: Mapping[str, nn.Module]
+
+    def put(self, group: Group, *, back: bool = False) -> None:
+        for place in group.places:
+            parent, _, name = place.rpartition(".")
+            setattr(self.trunk.get_submodule(parent), name, (self.dense if back else self.int8)[place])
+
+
+def _quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) -> _Layers:
+    trunk = subject.model.trunk
+    groups = [
+        group
+        for group in groups_of(trunk)
+        if not any(_within(place, given) for place in group.places for given in options.skip)
+    ]
+    if not groups:
+        raise UserError("every layer is skipped", where="skip", hint="leave some out")
+    dense = {place: cast("Linear", trunk.get_submodule(place)) for group in groups for place in group.places}
+    divisors: dict[Group, Tensor] = {}
+    chosen: dict[Group, Grid] = {}
+    if options.smooth is not None or options.scheme == "static":
+        reached = reaches(subject, rows, groups)
+        if options.smooth is not None:
+            for group in (one for one in groups if one.reads_states):
+                weights = [dense[place].weight.detach().float() for place in group.places]
+                divisors[group] = _divisor(reached[group], torch.cat(weights), options.smooth)
+        if options.scheme == "static":
+            chosen = grids(subject, rows, reached, divisors, options.clip)
+    int8 = {
+        place: Int8Linear.of(dense[place], chosen.get(group), divisors.get(group))
+        for group in groups
+        for place in group.places
+    }
+    return _Layers(trunk, groups, dense, int8)
+
+
+def _divisor(reached: tuple[Tensor, Tensor], weight: Tensor, alpha: float) -> Tensor:
+    """By column, `max|x|^α / max|w|^(1−α)` (equation 4)."""
+    low, high = reached
+    inputs, weights = torch.maximum(-low, high).clamp_min(1e-5), weight.abs().amax(0).clamp_min(1e-5)
+    return (inputs**alpha / weights ** (1 - alpha)).clamp_min(1e-5)
+
+
+def _spare(
+    subject: Loaded,
+    rows: Sequence[Record],
+    wanted: Sequence[Tensor],
+    layers: _Layers,
+    most: float,
+    material: Material,
+) -> float:
+    """Leave the most sensitive groups as they are, one after the other, until outputs are near enough or half of all
+    groups are left out. How far they are then."""
+    for group in layers.groups:
+        layers.put(group, back=True)
+    alone: dict[Group, float] = {}
+    for group in layers.groups:
+        layers.put(group)
+        alone[group] = apart(outputs(subject, rows), wanted)
+        layers.put(group, back=True)
+        material.progress(len(alone) / len(layers.groups))
+    for group in layers.groups:
+        layers.put(group)
+    found = apart(outputs(subject, rows), wanted)
+    worst = sorted(layers.groups, key=alone.__getitem__, reverse=True)
+    for group in worst[: int(_MOST_SPARED * len(worst))]:
+        if found <= most:
+            break
+        layers.put(group, back=True)
+        found = apart(outputs(subject, rows), wanted)
+        material.note(f"{group.places[0]} stays as it is: alone it moves outputs by {alone[group]:.1%}")
+    return found
+
+
+def _within(place: str, given: str) -> bool:
+    return place == given or place.startswith(f"{given}.")
+
+
+def _put_tables(model: Model) -> int:
+    """Make bytes of the tables of tokens and positions. How many."""
+    embeddings = model.trunk.embeddings
+    tables = {name: one for name, one in embeddings.named_children() if name in ("token", "position")}
+    found = {name: one for name, one in tables.items() if isinstance(one, Embedding)}
+    for name, table in found.items():
+        setattr(embeddings, name, Int8Embedding.of(table))
+    return len(found)
+
+
+def _bytes(model: Model) -> int:
+    return sum(one.numel() * one.element_size() for one in model.state_dict().values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -144,7 +144,7 @@ def outputs(subject: Loaded, rows: Sequence[Record]) -> list[Tensor]:
     with torch.no_grad():
         for batch in batches(subject, rows, labelled=True):
             given = subject.task.forward(subject.model, batch)
-            found += [cast("Tensor", given[name]).float().flatten() for name in sorted(given)]
+            found += [given[name].float().flatten() for name in sorted(given)]
     return found
 
 

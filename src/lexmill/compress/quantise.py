@@ -29,7 +29,8 @@ class Int8Options:
     """What may be set for `int8`.
 
     Args:
-        scheme: `static`, inputs of a layer on one grid that is chosen on training rows, or `token`, every row on its own.
+        scheme: `static`, inputs of a layer on one grid that is chosen on training rows, or `token`, every row on its
+            own.
         rows: training rows that inputs are measured on.
         clip: how far a static grid reaches: to the farthest (`max`), over 99.99 % of inputs (`percentile`), or to the
             least mean square error (`mse`).
@@ -91,8 +92,8 @@ class Int8(Method):
         # Written so that a NaN is refused too.
         if not farther <= options.max_error:
             hint = "set smooth = 0.5, scheme = 'token' or more rows; or a larger max_error, and look at what it costs"
-            what = f"int8 changes the answers: outputs are off by {farther:.1%}, and at most {options.max_error:.1%} was asked"
-            raise UserError(what, where="max_error", hint=hint)
+            off = f"outputs are off by {farther:.1%}, and at most {options.max_error:.1%} was asked"
+            raise UserError(f"int8 changes the answers: {off}", where="max_error", hint=hint)
         inside = [one for one in subject.model.modules() if isinstance(one, Int8Linear)]
         numbers = {
             "layers_int8": len(inside),

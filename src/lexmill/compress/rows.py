@@ -14,6 +14,8 @@ from lexmill.data import Source, data_fingerprint, open_source
 from lexmill.errors import UserError
 from lexmill.tasks import Record
 
+_READING = ("encoding", "delimiter", "skip_bad", "max_line_bytes")
+"""How `fit` was told to read a file; an artefact of an earlier version may lack some."""
 HELD_OUT = 0.1
 """Share of the training rows that choices are made on where there is no file of validation rows."""
 
@@ -114,10 +116,7 @@ def _as_fitted(artifact: Artifact, recorded: Mapping[str, Any], part: str) -> So
         raise UserError("the file that the artefact was fitted with is gone", where=str(path), hint=hint)
     source = open_source(
         Path(path),
-        encoding=recorded["encoding"],
-        delimiter=recorded.get("delimiter"),
-        skip_bad=recorded["skip_bad"],
-        max_line_bytes=recorded["max_line_bytes"],
+        **{how: recorded[how] for how in _READING if how in recorded},
     )
     known = cast("Mapping[str, Any]", artifact.manifest.data.get(part) or {})
     if known.get("sha256") != data_fingerprint(source)["sha256"]:

@@ -17,12 +17,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
-import onnxruntime
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers import logging as hf_logging
 
+import onnx_peer
 from lexmill import models
 from lexmill.data import banking77, open_source
 from lexmill.data.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ from lexmill.tasks import Classify
 from lexmill.tasks.classify import ClassifyOptions
 from measure import interleave, ratio, save, table
 
-COUNT, THREADS = 1024, len(os.sched_getaffinity(0))
+COUNT = 1024
 
 
 def timed(answer: Callable[[list[str]], Any], texts: list[str]) -> Callable[[], float]:
@@ -62,34 +62,8 @@ def onnx(folder: Path, model: Any, batch: int) -> Callable[[list[str]], np.ndarr
     """ONNX Runtime on batches of texts sorted by length."""
     file = folder / "model.onnx"
     if not file.exists():
-        rows, columns = torch.export.Dim("rows", min=1, max=1024), torch.export.Dim("columns", min=2, max=512)
-        shape = {0: rows, 1: columns}
-        ids, mask = torch.full((2, 8), 7), torch.ones(2, 8, dtype=torch.int64)
-        torch.onnx.export(
-            model, (ids, mask), file, dynamo=True, opset_version=20, external_data=False, verbose=False,
-            input_names=["input_ids", "attention_mask"],
-            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
-        )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(128)
-
-    def run(texts: list[str]) -> np.ndarray:
-        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        logits = np.empty((len(ids), 77), np.float32)
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            width = len(ids[part[-1]])
-            padded, mask = np.zeros((2, len(part), width), np.int64)
-            for row, i in enumerate(part):
-                padded[row, : len(ids[i])], mask[row, : len(ids[i])] = ids[i], 1
-            logits[part] = session.run(None, {"input_ids": padded, "attention_mask": mask})[0]
-        return logits
-
-    return run
+        onnx_peer.write(model, file)
+    return onnx_peer.answers(onnx_peer.session(file), Tokenizer.from_file(str(folder / "tokenizer.json")), batch)
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ class TorchEngine:
         self._loaded = loaded
         for one in (loaded, *loaded.adapters.values()):
             pack(one.model.to(where).eval(), token_budget)
+            one.model.trunk.straighten()
         self._token_budget = token_budget
         self._work = Work()
 

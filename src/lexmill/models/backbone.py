@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lexmill.errors import UserError
 from lexmill.models.config import LayerShape, ModelConfig
+from lexmill.models.straight import Straight
 from lexmill.models.trunk import Only, TokenEmbeddings, Trunk, known_states
 from lexmill.nn.attention import Attention
 from lexmill.nn.cache import Cache, KVCache, LayerCache
@@ -164,6 +165,7 @@ class Transformer(Trunk):
         super().__init__()
         self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.exits = None
+        self._straight: Straight | None = None
         self.fan_in = config.initializer_fan_in
         self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         shapes = [config.layer(config.schedule.index(stored)) for stored in range(config.num_stored_layers)]
@@ -224,6 +226,11 @@ class Transformer(Trunk):
         )
         return front.leave(hidden) if only == "all" else hidden
 
+    def straighten(self) -> None:
+        blocks = [cast("Block", self.layers[index]) for index in range(len(self.layers))]
+        plain = blocks and not self.rotary and self.relative is None
+        self._straight = Straight.of(blocks) if plain else None
+
     def _arranged(
         self,
         ids: Int[Tensor, "*rows"],
@@ -236,7 +243,13 @@ class Transformer(Trunk):
         inputs_embeds: Float[Tensor, "*rows dim"] | None,
         until: int | None,
     ) -> Float[Tensor, "*some_rows dim"]:
-        if cache is not None or collect is not None or not isinstance(layout, Packed) or layout.grouped is None:
+        if cache is not None or collect is not None or not isinstance(layout, Packed):
+            return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
+        alone = layout.num_sequences == 1 and layout.known is None and until is None
+        if alone and self._straight is not None and torch.is_inference_mode_enabled() and not self.training:
+            self.layer_rows += ids.numel() * len(self.layers)
+            return self.norm(self._straight(self.embeddings(ids, positions, types, inputs_embeds), only))
+        if layout.grouped is None:
             return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
         # Sequences of equal length become neighbours here, once, so that no layer has to gather them.
         near = layout.grouped

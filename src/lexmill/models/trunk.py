@@ -136,6 +136,10 @@ class Trunk(nn.Module, ABC):
         """An empty cache for this many sequences; `capacity` is the tokens of each that it should have room for."""
 
     @abstractmethod
+    def straighten(self) -> None:
+        """Settle what one text alone goes through in inference mode, where this kind gains by it. To be called again
+        when modules were put in others' places."""
+
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew."""
 

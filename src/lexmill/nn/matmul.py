@@ -131,6 +131,8 @@ def linear(
     packed = _packed(weight, dtype)
     if packed is None and dtype == torch.float32 and len(x) < _FEWEST_ROWS:
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled() and dtype == x.dtype == torch.float32:
+        return _product(x, weight if packed is None else packed.forward, bias)
     return _OneDnnLinear.apply(x, weight, bias, dtype, packed)  # pyright: ignore[reportReturnType]
 
 

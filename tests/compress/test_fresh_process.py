@@ -31,6 +31,8 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("factorise", {"recover": False}), Step("exits", {"max_drop": 0.5, "epochs": 2})],
     [Step("distil", {"intermediate_size": 32, "recovery": _QUICK}), Step("factorise", {"recover": False})],
     [Step("int8", {"max_error": 1.0})],
+    [Step("weights", {"dtype": "int4", "rows": 16})],
+    [Step("factorise", {"recover": False}), Step("weights", {"rounding": "awq", "rows": 16})],
     [Step("factorise", {"recover": False}), Step("int8", {"scheme": "token", "max_error": 1.0})],
 )
 

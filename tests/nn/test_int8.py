@@ -12,7 +12,8 @@ from torch import Tensor
 from lexmill.errors import UserError
 from lexmill.nn.activation import ACTIVATIONS, Activation
 from lexmill.nn.embedding import Embedding, Int8Embedding
-from lexmill.nn.int8 import Grid, Int8Linear, feed_forward, kernel_for, project
+from lexmill.nn.int8 import Grid, Int8Linear, feed_forward, kernel_for
+from lexmill.nn.joint import project
 from lexmill.nn.linear import Linear
 from lexmill.nn.mlp import MLP
 

@@ -74,7 +74,7 @@ def test_what_onednn_does_not_multiply_is_not_packed():
     assert not matmul.pack(torch.zeros(8, 8, device="meta"), 64)
 
 
-@pytest.mark.skipif(not matmul._has_bf16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(not matmul.has_bf16(), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("rows", [1, 16, 77])
 def test_products_in_bfloat16_round_as_autocast_does_and_so_do_their_gradients(rows):
     weight, bias = weights()

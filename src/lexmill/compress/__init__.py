@@ -7,6 +7,7 @@ from lexmill.compress.factorise import Factorise
 from lexmill.compress.quantise import Int8
 from lexmill.compress.rows import Files
 from lexmill.compress.run import CompressConfig, CompressResult, compress
+from lexmill.compress.weights import Weights
 
 __all__ = [
     "CompressConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "Material",
     "Method",
     "Step",
+    "Weights",
     "batches",
     "check_order",
     "compress",

@@ -91,21 +91,30 @@ def places(model: Model) -> list[str]:
     return [place for place, layer in layers.items() if type(layer) is Linear and layer.quantised is None]
 
 
-def second_moments(subject: Loaded, rows: Sequence[Record]) -> dict[str, Float[Tensor, "in in"]]:
-    """By place the mean of `x xᵀ` over the tokens that went into that layer, float64."""
+def second_moments(
+    subject: Loaded, rows: Sequence[Record], at: Sequence[str] | None = None, *, exact: bool = True
+) -> dict[str, Float[Tensor, "in in"]]:
+    """By place the mean of `x xᵀ` over the tokens that went into that layer, float64.
+
+    Args:
+        at: the places; all that can be factorised where None.
+        exact: whether products are float64 too.
+    """
     trunk = subject.model.trunk
     found: dict[str, Tensor] = {}
     seen: dict[str, int] = {}
 
     def hear(place: str) -> RemovableHandle:
         def before(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].detach().reshape(-1, given[0].shape[-1]).double()
-            found[place] = found[place] + x.t() @ x if place in found else x.t() @ x
+            x = given[0].detach().reshape(-1, given[0].shape[-1])
+            x = x.double() if exact else x.float()
+            product = (x.t() @ x).double()
+            found[place] = found[place].add_(product) if place in found else product
             seen[place] = seen.get(place, 0) + len(x)
 
         return trunk.get_submodule(place).register_forward_pre_hook(before)
 
-    hooks = [hear(place) for place in places(subject.model)]
+    hooks = [hear(place) for place in (places(subject.model) if at is None else at)]
     subject.model.eval()
     try:
         with torch.inference_mode():

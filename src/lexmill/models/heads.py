@@ -17,10 +17,12 @@ from lexmill.models.config import strict
 from lexmill.models.trunk import Trunk
 from lexmill.nn.activation import ACTIVATIONS, Activation
 from lexmill.nn.dropout import Dropout
+from lexmill.nn.embedding import Embedding, Int8Embedding
+from lexmill.nn.int8 import Int8Linear
 from lexmill.nn.linear import Linear
 from lexmill.nn.norm import LayerNorm
 from lexmill.nn.pooling import Pooling
-from lexmill.nn.token_loss import token_losses
+from lexmill.nn.token_loss import layer_losses, token_losses
 
 Transform = Literal["tanh", "relu", "gelu"]
 
@@ -156,26 +158,41 @@ class LMHead(Head):
     kind = "lm"
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, shape: LanguageShape | None = None, *, tied: nn.Embedding | None = None
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        shape: LanguageShape | None = None,
+        *,
+        tied: Embedding | Int8Embedding | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape or LanguageShape()
         width, form = self.shape.width or hidden_size, self.shape
         self.transform = Linear(hidden_size, width, bias=form.transform_bias) if form.transform else None
         self.norm = LayerNorm(width, form.norm_eps, bias=form.norm_bias) if form.transform else None
-        self.output = Linear(width, vocab_size, bias=form.bias, role="vocab")
+        self.output: Linear | Int8Linear = Linear(width, vocab_size, bias=form.bias, role="vocab")
         self.tied = tied is not None
         if tied is not None:
-            self.output.weight = tied.weight
             if self.shape.bias:
                 nn.init.zeros_(self.output.bias)
+            self.tie(tied)
+
+    def tie(self, table: Embedding | Int8Embedding) -> None:
+        """Share this table: its rows are the output's matrix."""
+        if isinstance(table, Int8Embedding):
+            self.output = Int8Linear.sharing(table.codes, table.scales, self.output.bias)
+        elif isinstance(self.output, Linear):
+            self.output.weight = table.weight
 
     def forward(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vocab"]:
         return self.output(self._transformed(hidden))
 
     def losses(self, hidden: Float[Tensor, "item dim"], target: Int[Tensor, "item"]) -> Float[Tensor, "item"]:
         """The negative log-likelihood, in nats, of each target; see `token_losses`."""
-        return token_losses(self._transformed(hidden), self.output.weight, self.output.bias, target)
+        rows, output = self._transformed(hidden), self.output
+        if isinstance(output, Linear):
+            return token_losses(rows, output.weight, output.bias, target)
+        return layer_losses(rows, output, target)
 
     def _transformed(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows width"]:
         if self.shape.scale != 1.0:

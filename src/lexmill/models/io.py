@@ -165,7 +165,7 @@ def head_tensors(model: Model) -> tuple[families.Use | None, dict[str, Tensor]]:
             head = cast("Head", model.heads[name])
             names = _head_names(model, name)
             if isinstance(head, LMHead) and head.tied:
-                names.pop("output.weight")
+                names.pop("output.weight", None)
             return use, {theirs: head.get_parameter(ours) for ours, theirs in names.items()}
     return None, {}
 

@@ -15,6 +15,7 @@ from lexmill.nn.embedding import Embedding
 from lexmill.nn.int8 import Int8Linear
 from lexmill.nn.layout import Layout, Packed
 from lexmill.nn.linear import Linear
+from lexmill.nn.weight_only import WeightOnlyLinear
 
 Only = Literal["all", "first", "last"]
 
@@ -150,8 +151,9 @@ class Trunk(nn.Module, ABC):
 
     def matrices(self, part: nn.Module) -> list[Tensor]:
         """The weights of the embeddings or a layer, `[out, in]`, that each token is multiplied by."""
-        linear = (module for module in part.modules() if isinstance(module, (nn.Linear, Int8Linear)))
-        return [one.matrix if isinstance(one, (Linear, Int8Linear)) else one.weight for one in linear]
+        coded = (Int8Linear, WeightOnlyLinear)
+        linear = (module for module in part.modules() if isinstance(module, (nn.Linear, *coded)))
+        return [one.matrix if isinstance(one, (Linear, *coded)) else one.weight for one in linear]
 
     def matmul_shapes(self) -> list[tuple[int, int]]:
         """(in, out) of every matrix that each token is multiplied by, as often as it is."""

@@ -14,7 +14,7 @@ from lexmill.nn import bucketed
 from lexmill.nn.cache import LayerCache
 from lexmill.nn.dropout import dropout as drop
 from lexmill.nn.front import Prefix
-from lexmill.nn.int8 import project
+from lexmill.nn.joint import project
 from lexmill.nn.layout import Dense, Layout, Packed
 from lexmill.nn.linear import Linear
 from lexmill.nn.norm import NormKind, norm

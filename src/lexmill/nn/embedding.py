@@ -42,6 +42,8 @@ class Int8Embedding(nn.Module, Addition):
     """Rows of a table of bytes by id, each row with a scale of its own, for inference."""
 
     addition: ClassVar[str] = "int8_embedding"
+    sparse: bool = False
+    """Of gradients; it has none."""
     codes: Tensor
     scales: Tensor
 

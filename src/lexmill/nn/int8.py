@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lexmill.errors import UserError
 from lexmill.nn.activation import ACTIVATIONS, Activation
 from lexmill.nn.addition import Addition, register_addition
+from lexmill.nn.joint import Joint, is_hooked
 from lexmill.nn.linear import Linear, has_bias, register
 from lexmill.nn.matmul import FUSED
 
@@ -161,7 +162,7 @@ class _Ready(dict[int, _Product]):
 
 
 @register_addition
-class Int8Linear(nn.Module, Addition):
+class Int8Linear(nn.Module, Addition, Joint):
     """`y = x Wᵀ + b` in 8 bits, for inference.
 
     Args:
@@ -201,6 +202,16 @@ class Int8Linear(nn.Module, Addition):
             layer.bias = nn.Parameter(dense.bias.detach().float(), requires_grad=False)
         return layer.train(dense.training)
 
+    @classmethod
+    def sharing(
+        cls, codes: Int8[Tensor, "out in"], scales: Float[Tensor, "out"], bias: nn.Parameter | None
+    ) -> Int8Linear:
+        """A layer over codes that another holds too, each row of inputs on its own grid."""
+        with torch.device("meta"):
+            layer = cls(codes.shape[1], codes.shape[0], None, bias=False)
+        layer.codes, layer.scales, layer.bias = codes, scales, bias
+        return layer
+
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         product = self.product([self])
         return _shaped(product.multiply(product.read(_rows(input))), input)
@@ -215,8 +226,12 @@ class Int8Linear(nn.Module, Addition):
             layer.ran = found.kernel
         return found
 
+    def joint(self, layers: Sequence[Int8Linear], x: Float[Tensor, "*rows in"]) -> Sequence[Float[Tensor, "*rows out"]]:
+        product = self.product(layers)
+        out = _shaped(product.multiply(product.read(_rows(x))), x)
+        return out.split([layer.out_features for layer in layers], -1)
+
     def joins(self, other: nn.Module) -> bool:
-        """Whether both read rows alike, so that one product serves both."""
         if not isinstance(other, Int8Linear) or is_hooked(other) or other.grid != self.grid:
             return False
         if (self.bias is None) != (other.bias is None) or self.in_features != other.in_features:
@@ -257,17 +272,6 @@ def _made(layers: Sequence[Int8Linear], matrices: tuple[tuple[Tensor, int], ...]
         return _Product(matrices, codes, scales, bias, first.grid, first.divisor, packed)
 
 
-def project(layers: Sequence[nn.Module], x: Float[Tensor, "*rows in"]) -> list[Float[Tensor, "*rows out"]]:
-    """What several layers make of the same rows; in one product where they are int8 and read them alike."""
-    first = layers[0]
-    if not isinstance(first, Int8Linear) or is_hooked(first) or not all(first.joins(other) for other in layers[1:]):
-        return [layer(x) for layer in layers]
-    chosen = [layer for layer in layers if isinstance(layer, Int8Linear)]
-    product = first.product(chosen)
-    out = _shaped(product.multiply(product.read(_rows(x))), x)
-    return list(out.split([layer.out_features for layer in chosen], -1))
-
-
 def feed_forward(
     up: Int8Linear, activation: Activation, down: nn.Module, x: Float[Tensor, "*rows dim"]
 ) -> Float[Tensor, "*rows dim"]:
@@ -278,11 +282,6 @@ def feed_forward(
         return down(_shaped(first.multiply(rows, activation), x))
     codes = first.multiply(rows, activation, down.grid)
     return _shaped(down.product([down]).multiply(Codes(codes, *down.grid)), x)
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    """Whether someone listens to what goes into a layer or comes out, so that it must be called as a whole."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
 
 
 def _rows(x: Float[Tensor, "*rows in"]) -> Float[Tensor, "row in"]:

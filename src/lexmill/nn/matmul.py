@@ -48,7 +48,7 @@ def _onednn_is_faster() -> bool:
 
 
 @cache
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether this is a CPU with products of bfloat16 that sum in float32."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
 
@@ -97,7 +97,7 @@ def _copies(weight: Tensor) -> Mapping[torch.dtype, _Packed]:
 
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN's products in this precision are the faster ones."""
-    return _has_bf16() if dtype == torch.bfloat16 else dtype == torch.float32 and _onednn_is_faster()
+    return has_bf16() if dtype == torch.bfloat16 else dtype == torch.float32 and _onednn_is_faster()
 
 
 def _precision(x: Tensor, weight: Tensor) -> torch.dtype | None:

@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lexmill.nn.activation import ACTIVATIONS, Activation
-from lexmill.nn.int8 import Int8Linear, feed_forward, is_hooked, project
+from lexmill.nn.int8 import Int8Linear, feed_forward
+from lexmill.nn.joint import Joint, is_hooked, project
 from lexmill.nn.linear import Linear
 from lexmill.nn.matmul import activated
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
             if isinstance(self.up, Int8Linear) and not is_hooked(self.up):
                 return feed_forward(self.up, self.activation, self.down, x)
             return self.down(self._activated(self.up, x))
-        if isinstance(self.gate, Int8Linear):
+        if isinstance(self.gate, Joint):
             gate, up = project([self.gate, self.up], x)
             return self.down(ACTIVATIONS[self.activation](gate) * up)
         return self.down(self._activated(self.gate, x) * self.up(x))

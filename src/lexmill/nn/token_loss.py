@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexmill.nn.matmul import linear
@@ -38,6 +38,14 @@ def token_losses(
 
 
 _KINDS = (torch.float32, torch.float64)
+
+
+def layer_losses(
+    hidden: Float[Tensor, "item dim"], output: nn.Module, target: Int[Tensor, "item"]
+) -> Float[Tensor, "item"]:
+    """The same of an output that has no matrix to read, without a gradient: a few rows at a time."""
+    parts = zip(hidden.split(_ROWS), target.split(_ROWS), strict=True)
+    return torch.cat([F.cross_entropy(output(rows).float(), wanted, reduction="none") for rows, wanted in parts])
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -17,8 +17,7 @@ from tokenizers.trainers import WordPieceTrainer
 
 from lexmill import models
 from lexmill.artifact import Artifact, Manifest, TaskRecord, create
-from lexmill.engine import Loaded
-from lexmill.evaluate import probes
+from lexmill.engine import Loaded, probes
 from lexmill.models import ModelConfig
 from lexmill.tasks.classify import Classify, ClassifyOptions
 

@@ -14,9 +14,8 @@ from tests.small_classifier import small_classifier, write_artifact
 from lexmill.compress import Step, find
 from lexmill.compress.distil import projected
 from lexmill.compress.narrow import Width, chosen_layers, keep_layers, narrow
-from lexmill.engine import Loaded
+from lexmill.engine import Loaded, probes
 from lexmill.errors import UserError
-from lexmill.evaluate import probes
 
 QUICK = {"epochs": 2, "learning_rate": 2e-3, "batch_size": 16}
 

@@ -12,8 +12,8 @@ from tests.small_classifier import small_classifier
 
 from lexmill.compress import Step
 from lexmill.compress.factorise import Factors, choose_ranks, places, second_moments
+from lexmill.engine import probes
 from lexmill.errors import UserError
-from lexmill.evaluate import probes
 from lexmill.nn.linear import Linear
 from lexmill.nn.low_rank import LowRankLinear
 

@@ -18,10 +18,9 @@ from lexmill import models
 from lexmill.adapt import AdaptConfig
 from lexmill.artifact import Artifact
 from lexmill.config import load as load_config
-from lexmill.engine import Request, TorchEngine
+from lexmill.engine import Request, TorchEngine, probes
 from lexmill.engine.loaded import load
 from lexmill.errors import UserError
-from lexmill.evaluate import probes
 from lexmill.fit import DataConfig, FitConfig, Watch, fit
 from lexmill.monitor import read_events
 from lexmill.nn import Packed

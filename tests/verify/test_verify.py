@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from lexmill import models
 from lexmill.artifact import Artifact, tree
+from lexmill.engine import probes
 from lexmill.errors import UserError
-from lexmill.evaluate import probes
 from lexmill.verify import Verification, verify
 
 Tamper = Callable[[Path], None]

@@ -17,9 +17,10 @@ from lexmill.compress.measure import Cost, loaded_bytes, measure, table
 from lexmill.compress.proof import Proof, prove
 from lexmill.compress.rows import Files, find_rows
 from lexmill.engine import Loaded, TorchEngine, load
+from lexmill.engine.files import environment, write_model
 from lexmill.errors import Failure, UserError
+from lexmill.evaluate import metrics_of
 from lexmill.fit import Watch
-from lexmill.fit.files import environment, metrics_of, write_model
 from lexmill.hardware import keep_heap
 
 NAME = "compress"

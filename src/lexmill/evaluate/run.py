@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lexmill.artifact import Metric
 from lexmill.engine import Ensemble, TorchEngine
 from lexmill.errors import UserError
 from lexmill.tasks.base import Metrics, Record
@@ -82,3 +83,9 @@ def answered(
         if progress is not None:
             progress(len(asked))
     return asked, answers
+
+
+def metrics_of(evaluation: Evaluation) -> dict[str, Metric]:
+    """As a manifest has them."""
+    found = evaluation.metrics
+    return {name: Metric(value=value, interval=found.intervals.get(name)) for name, value in found.values.items()}

@@ -15,10 +15,10 @@ from lexmill.adapt import ADAPTER, adapter_tensors, add_adapter, save_heads
 from lexmill.adapt.peft import CONFIG, WEIGHTS
 from lexmill.artifact import Artifact, Manifest, Transform, Writer, create, render_card
 from lexmill.data.tokenizer import fingerprint, load_tokenizer
+from lexmill.engine import probes
+from lexmill.engine.files import TOKENIZER_FILES, environment
 from lexmill.engine.loaded import ADAPTERS
 from lexmill.errors import UserError
-from lexmill.evaluate import probes
-from lexmill.fit.files import TOKENIZER_FILES, environment
 from lexmill.fit.model import model_directory
 from lexmill.models import Model
 from lexmill.nn.lora import LoraLinear

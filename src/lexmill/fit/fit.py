@@ -29,11 +29,11 @@ from lexmill.artifact import (
 from lexmill.config import to_dict
 from lexmill.data.tokenizer import check_vocabulary
 from lexmill.engine import TorchEngine
+from lexmill.engine.files import environment, write_model
 from lexmill.engine.loaded import Loaded
 from lexmill.errors import Failure, MissingExtra, UserError
-from lexmill.evaluate import Evaluation, answered, evaluate
+from lexmill.evaluate import Evaluation, answered, evaluate, metrics_of
 from lexmill.fit.config import FitConfig
-from lexmill.fit.files import environment, metrics_of, write_model
 from lexmill.fit.keep import keeping_effect, kept
 from lexmill.fit.model import Start, start
 from lexmill.fit.prepare import Prepared, Subset, ask_first, examples, fingerprints, held_out, prepare, records

@@ -1,6 +1,6 @@
 """Proof that what is served is what was trained."""
 
-from lexmill.evaluate.probes import probe_records, record
+from lexmill.engine.probes import probe_records, record
 from lexmill.verify.compare import Check, Difference
 from lexmill.verify.verify import Verification, verify
 

@@ -10,7 +10,7 @@ from typing import Any
 from lexmill import models
 from lexmill.adapt import adapter_tensors
 from lexmill.engine import Loaded, load
-from lexmill.evaluate.probes import evidence, stored_in
+from lexmill.engine.probes import evidence, stored_in
 
 
 def observe(path: Path) -> dict[str, Any]:

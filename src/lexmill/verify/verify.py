@@ -10,8 +10,8 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 from lexmill.artifact import Artifact
+from lexmill.engine.probes import FORMAT, stored_in
 from lexmill.errors import UserError
-from lexmill.evaluate.probes import FORMAT, stored_in
 from lexmill.verify.compare import TOLERANCE, Check, compare
 from lexmill.verify.processes import ProcessFailed, ask, reload, served
 

@@ -27,7 +27,7 @@ FORMAT = 1
 
 def probe_texts() -> list[str]:
     """Bundled public texts: one word to more than 700, either case, accents, punctuation, emoji, several scripts."""
-    bundled = json.loads(files("lexmill.evaluate").joinpath("probes.json").read_text(encoding="utf-8"))
+    bundled = json.loads(files("lexmill.engine").joinpath("probes.json").read_text(encoding="utf-8"))
     return [probe["text"] for probe in bundled["probes"]]
 
 

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from lexmill import models
-from lexmill.artifact import Environment, Metric, Writer
-from lexmill.engine import Loaded
-from lexmill.evaluate import Evaluation, probes
+from lexmill.artifact import Environment, Writer
+from lexmill.engine import probes
+from lexmill.engine.loaded import Loaded
 from lexmill.hardware import describe
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -44,9 +44,3 @@ def environment() -> Environment:
         cpu_capability=str(machine["cpu_capability"]),
         threads=int(machine["threads"]),
     )
-
-
-def metrics_of(evaluation: Evaluation) -> dict[str, Metric]:
-    """As a manifest has them."""
-    found = evaluation.metrics
-    return {name: Metric(value=value, interval=found.intervals.get(name)) for name, value in found.values.items()}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lexmill.data.tokenizer_training import TrainedTokenizer
     from lexmill.engine import Ensemble, TorchEngine
     from lexmill.evaluate import Comparison, Evaluation
+    from lexmill.export import ExportResult
     from lexmill.fit import FitResult, Watch
     from lexmill.learn import SearchResult, Space
     from lexmill.tasks import Task
@@ -576,6 +577,33 @@ def compare(
         one.engine, other.engine, _noting_lines(source, lines), names=(str(first), str(second)), top=top,
         progress=progress, where=lambda i: source.where(lines[i]),
     )  # fmt: skip
+
+
+def export(
+    artifact: Path | str,
+    *,
+    out: Path | str,
+    format: str = "onnx",
+    set: Sequence[str] | Mapping[str, Any] = (),
+    note: Callable[[str], None] = lambda line: None,
+) -> ExportResult:
+    """Write an artefact that holds the same model for other programs too, checked on its probes.
+
+    Args:
+        artifact: an artefact, or a plain Hugging Face directory.
+        out: the artefact to write; must not exist. The files are in its folder named like the format.
+        set: options of the format, e.g. `{"opset": 20}`.
+        note: is told what happens.
+
+    Raises:
+        UserError: the format cannot hold this model; MissingExtra: what writes it is not installed.
+        Failure: what was written does not answer as its source does.
+    """
+    from lexmill.config import read_sets
+    from lexmill.export import export
+
+    options = dict(set) if isinstance(set, Mapping) else read_sets(set)
+    return export(artifact, out, format, options, note=note)
 
 
 def verify(artifact: Path | str) -> Verification:

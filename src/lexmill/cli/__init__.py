@@ -22,6 +22,7 @@ VERBS = {
     "fit": ("fit", "Fine-tune a model on labelled text and write an artefact."),
     "combine": ("fit", "Put several adapters over one trunk, in one artefact."),
     "compress": ("compress", "Make a model smaller or faster."),
+    "export": ("export", "Write a model for other programs, checked against its source."),
     "demo": ("fit", "Do the whole job on bundled data."),
     "search": ("learn", "Find good settings by training with many."),
     "tokenizer": ("tokenizer", "Train a tokenizer on text."),

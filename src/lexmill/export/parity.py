@@ -1,0 +1,71 @@
+"""How far the answers of an exported file are from those of its source."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Evidence = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a file answered to the probes, against its source.
+
+    Args:
+        max_error: the largest max|a-b| / max|b| over the evidence of a probe; infinite where names or counts differ.
+        label_agreement: the share of decisions (the largest number of those that stand under one name before the last
+            `/`) that are the same; None where the task has no labels.
+        probes: how many were compared.
+        tolerance: the largest `max_error` that passes.
+    """
+
+    max_error: float
+    label_agreement: float | None
+    probes: int
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.max_error <= self.tolerance
+
+    def to_dict(self) -> dict[str, float]:
+        found = {"max_error": self.max_error, "probes": float(self.probes), "tolerance": self.tolerance}
+        return found if self.label_agreement is None else {**found, "label_agreement": self.label_agreement}
+
+    def __str__(self) -> str:
+        agreed = "" if self.label_agreement is None else f", label agreement {self.label_agreement:.4f}"
+        return (
+            f"{self.probes} probes, largest relative error {self.max_error:.1e} (at most {self.tolerance:.0e}){agreed}"
+        )
+
+
+def measure(expected: Sequence[Evidence], got: Sequence[Evidence], tolerance: float, *, labelled: bool) -> Parity:
+    """Compare evidence probe by probe; `labelled` tells that there are decisions in it."""
+    if len(expected) != len(got):
+        return Parity(math.inf, 0.0 if labelled else None, len(got), tolerance)
+    worst = max((_error(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
+    agreed = [same for a, b in zip(expected, got, strict=True) for same in _decided(a, b)] if labelled else []
+    return Parity(worst, sum(agreed) / len(agreed) if agreed else None, len(got), tolerance)
+
+
+def _error(expected: Evidence, got: Evidence) -> float:
+    if expected.keys() != got.keys() or not all(map(math.isfinite, got.values())):
+        return math.inf
+    gap = max((abs(value - got[name]) for name, value in expected.items()), default=0.0)
+    scale = max(map(abs, expected.values()), default=0.0)
+    return gap / scale if scale else (math.inf if gap else 0.0)
+
+
+def _decided(expected: Evidence, got: Evidence) -> list[bool]:
+    """Of each decision of a probe, whether it is the same."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in expected:
+        groups[name.rpartition("/")[0]].append(name)
+    absent = -math.inf
+    return [
+        max(names, key=lambda name: expected[name]) == max(names, key=lambda name: got.get(name, absent))
+        for names in groups.values()
+    ]

@@ -31,12 +31,13 @@ class Group:
     """Layers that read the same rows, and so share a grid.
 
     Args:
-        reads_states: whether these rows are hidden states, whose columns may reach differently far (Dettmers et al.
-            2022, section 4).
+        smooths: whether columns may be divided before they are put on the grid: hidden states, some of whose columns
+            reach far beyond the others (Dettmers et al. 2022, section 4), and what attention mixes. What an activation
+            gives is put on its grid on the way out of a product, where there is nothing to divide.
     """
 
     places: tuple[str, ...]
-    reads_states: bool = False
+    smooths: bool = False
 
 
 def groups_of(trunk: Trunk) -> list[Group]:
@@ -45,10 +46,11 @@ def groups_of(trunk: Trunk) -> list[Group]:
     grouped: set[str] = set()
     for path, module in trunk.layers.named_modules(prefix="layers"):
         if isinstance(module, (Attention, MLP)):
-            names = ("query", "key", "value") if isinstance(module, Attention) else ("gate", "up")
-            paths = tuple(f"{path}.{name}" for name in names if is_dense(getattr(module, name)))
-            found += [Group(paths, reads_states=True)] if paths else []
-            grouped |= set(paths)
+            of_attention = ("query", "key", "value"), ("output",)
+            for names in of_attention if isinstance(module, Attention) else (("gate", "up"),):
+                paths = tuple(f"{path}.{name}" for name in names if is_dense(getattr(module, name)))
+                found += [Group(paths, smooths=True)] if paths else []
+                grouped |= set(paths)
         elif is_dense(module) and path not in grouped:
             found.append(Group((path,)))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, cast
 
 import torch
@@ -22,6 +22,8 @@ from lexmill.tasks import Record
 
 _MOST_SPARED = 0.5
 """Of the groups of layers; beyond that little would be gained."""
+_ALPHA = 0.5
+"""Of SmoothQuant, where it is to rescue."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Int8Options:
         clip: how far a static grid reaches: to the farthest (`max`), over 99.99 % of inputs (`percentile`), or to the
             least mean square error (`mse`).
         smooth: α of SmoothQuant (Xiao et al. 2023), which moves the reach of columns of hidden states into the
-            matrices; None for none.
+            matrices; None for none, unless `rescue` needs it.
         skip: places of layers, such as `layers.0.mlp`, that stay as they are.
-        spare: whether the most sensitive layers are left as they are until outputs are within `max_error`.
+        rescue: whether, where outputs are not within `max_error`, columns are smoothed, and if that is not enough the
+            most sensitive layers left as they are.
         max_error: how far outputs may be from those before: the root mean square, as a share of what they vary.
         embeddings: whether tables of embeddings become bytes too.
     """
@@ -47,7 +50,7 @@ class Int8Options:
     clip: Clip = "max"
     smooth: Annotated[float, Ge(0), Lt(1)] | None = None
     skip: tuple[str, ...] = ()
-    spare: bool = True
+    rescue: bool = True
     max_error: Annotated[float, Gt(0)] = 0.1
     embeddings: bool = True
 
@@ -83,13 +86,12 @@ class Int8(Method):
         checked = outputs(subject, shown) if shown else []
         layers = _quantised(subject, rows, options)
         tables = _put_tables(subject.model) if options.embeddings else 0
-        for group in layers.groups:
-            layers.put(group)
+        layers.put_all()
         found = apart(outputs(subject, rows), wanted)
-        if found > options.max_error and options.spare:
-            found = _spare(subject, rows, wanted, layers, options.max_error, material)
+        # Written so that a NaN is rescued or refused too.
+        if options.rescue and not found <= options.max_error:
+            found = _rescued(subject, rows, wanted, layers, found, options, material)
         farther = max(found, apart(outputs(subject, shown), checked)) if shown else found
-        # Written so that a NaN is refused too.
         if not farther <= options.max_error:
             hint = "set smooth = 0.5, scheme = 'token' or more rows; or a larger max_error, and look at what it costs"
             off = f"outputs are off by {farther:.1%}, and at most {options.max_error:.1%} was asked"
@@ -97,6 +99,7 @@ class Int8(Method):
         inside = [one for one in subject.model.modules() if isinstance(one, Int8Linear)]
         numbers = {
             "layers_int8": len(inside),
+            "layers_smoothed": sum(one.divisor is not None for one in inside),
             "layers_skipped": sum(len(group.places) for group in groups_of(subject.model.trunk)),
             "kernels_int8": sum(one.ran == "onednn" for one in inside),
             "tables_int8": tables,
@@ -122,6 +125,10 @@ class _Layers:
             parent, _, name = place.rpartition(".")
             setattr(self.trunk.get_submodule(parent), name, (self.dense if back else self.int8)[place])
 
+    def put_all(self, *, back: bool = False) -> None:
+        for group in self.groups:
+            self.put(group, back=back)
+
 
 def _quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) -> _Layers:
     trunk = subject.model.trunk
@@ -138,7 +145,7 @@ def _quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) ->
     if options.smooth is not None or options.scheme == "static":
         reached = reaches(subject, rows, groups)
         if options.smooth is not None:
-            for group in (one for one in groups if one.reads_states):
+            for group in (one for one in groups if one.smooths):
                 weights = [dense[place].weight.detach().float() for place in group.places]
                 divisors[group] = _divisor(reached[group], torch.cat(weights), options.smooth)
         if options.scheme == "static":
@@ -158,6 +165,29 @@ def _divisor(reached: tuple[Tensor, Tensor], weight: Tensor, alpha: float) -> Te
     return (inputs**alpha / weights ** (1 - alpha)).clamp_min(1e-5)
 
 
+def _rescued(
+    subject: Loaded,
+    rows: Sequence[Record],
+    wanted: Sequence[Tensor],
+    layers: _Layers,
+    found: float,
+    options: Int8Options,
+    material: Material,
+) -> float:
+    """How far outputs are once columns are smoothed, where that helps, and layers spared, where that is not enough."""
+    if options.smooth is None:
+        layers.put_all(back=True)
+        smoothed = _quantised(subject, rows, replace(options, smooth=_ALPHA))
+        smoothed.put_all()
+        then = apart(outputs(subject, rows), wanted)
+        material.note(f"outputs are off by {found:.1%}, and by {then:.1%} with columns smoothed")
+        if then < found or found != found:
+            layers, found = smoothed, then
+        else:
+            layers.put_all()
+    return found if found <= options.max_error else _spare(subject, rows, wanted, layers, options.max_error, material)
+
+
 def _spare(
     subject: Loaded,
     rows: Sequence[Record],
@@ -168,16 +198,14 @@ def _spare(
 ) -> float:
     """Leave the most sensitive groups as they are, one after the other, until outputs are near enough or half of all
     groups are left out. How far they are then."""
-    for group in layers.groups:
-        layers.put(group, back=True)
+    layers.put_all(back=True)
     alone: dict[Group, float] = {}
     for group in layers.groups:
         layers.put(group)
         alone[group] = apart(outputs(subject, rows), wanted)
         layers.put(group, back=True)
         material.progress(len(alone) / len(layers.groups))
-    for group in layers.groups:
-        layers.put(group)
+    layers.put_all()
     found = apart(outputs(subject, rows), wanted)
     worst = sorted(layers.groups, key=alone.__getitem__, reverse=True)
     for group in worst[: int(_MOST_SPARED * len(worst))]:

@@ -33,6 +33,8 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("int8", {"max_error": 1.0})],
     [Step("weights", {"dtype": "int4", "rows": 16})],
     [Step("factorise", {"recover": False}), Step("weights", {"rounding": "awq", "rows": 16})],
+    [Step("vocabulary"), Step("int8", {"max_error": 1.0})],
+    [Step("distil", {"layers": 1, "recovery": _QUICK}), Step("vocabulary", {"size": 50})],
     [Step("factorise", {"recover": False}), Step("int8", {"scheme": "token", "max_error": 1.0})],
 )
 

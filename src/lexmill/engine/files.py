@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from lexmill import models
 from lexmill.artifact import Environment, Writer
@@ -31,9 +32,20 @@ def write_model(writer: Writer, loaded: Loaded, source: Path) -> None:
     loaded.tokenizer.save(str(writer.path("tokenizer.json")))
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, writer.path(name))
+            writer.path(name).write_text(_with_ids(loaded.tokenizer, (source / name).read_text("utf-8")), "utf-8")
     recorded = probes.record(loaded.task, loaded.model, loaded.tokenizer)
     writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), "utf-8")
+
+
+def _with_ids(tokenizer: Tokenizer, text: str) -> str:
+    """A file about a tokenizer, with the ids that this one has for its special tokens."""
+    described = json.loads(text)
+    if "added_tokens_decoder" not in described:
+        return text
+    named = {one["content"]: one for one in described["added_tokens_decoder"].values()}
+    ids = {name: tokenizer.token_to_id(name) for name in named}
+    described["added_tokens_decoder"] = {str(ids[name]): one for name, one in named.items() if ids[name] is not None}
+    return json.dumps(described, indent=2, ensure_ascii=False) + "\n"
 
 
 def environment() -> Environment:

@@ -136,11 +136,11 @@ class Trunk(nn.Module, ABC):
     def new_cache(self, num_sequences: int, capacity: int) -> Cache:
         """An empty cache for this many sequences; `capacity` is the tokens of each that it should have room for."""
 
-    @abstractmethod
     def straighten(self) -> None:
         """Settle what one text alone goes through in inference mode, where this kind gains by it. To be called again
         when modules were put in others' places."""
 
+    @abstractmethod
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew."""
 

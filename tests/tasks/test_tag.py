@@ -202,7 +202,7 @@ def test_real_entities_are_found_again_from_their_tags(shared_data: Path, name: 
     assert found.values["token_accuracy"] == 1.0
     seen = {finding.code: finding.count for finding in task.inspect((str(i), one) for i, one in enumerate(rows))}
     assert found.values["recall"] == pytest.approx(1 - seen.get("unreachable_entities", 0) / seen["entities"])
-    if name == "wnut17":  # its tokens hold signs, so that units are not tokens; the scores are the same
+    if name == "wnut17":  # given by words, which are the units
         tags = [one["tags"] for one in rows]
         assert f1_score(tags, tags, mode="strict", scheme=IOB2) == found.values["f1"]
 
@@ -319,6 +319,19 @@ def test_what_cannot_be_used_says_why() -> None:
     with pytest.raises(UserError, match="no column holds the tags"):
         Tag.from_records([], {"text": "text"}, TagOptions())
     assert Tag.from_state(json.loads(json.dumps(task.state()))).state() == task.state()
+
+
+def test_given_tokens_are_units_but_not_where_they_are_characters() -> None:
+    rows = [
+        {"text": ["@zoë's", " in", "the", "U.S."], "tags": ["B-who", "O", "O", "B-where"]},
+        {"text": ["她", "说", "C", "P", "I"], "tags": ["B-who", "O", "O", "O", "O"]},
+    ]
+    task = task_of(rows)
+    (_, words), (text, characters) = (task._read(row) for row in rows)
+    assert words.tolist() == [[0, 6], [8, 10], [11, 14], [15, 19]]
+    assert characters.tolist() == units_of(text).tolist() == [[0, 1], [1, 2], [2, 5]]
+    (example, _) = task.encode(rows, tokenizer(), labelled=True)
+    assert int((example.token_labels["tags"] != IGNORE).sum()) == 4
 
 
 def test_what_is_not_learnt_is_counted_with_its_place() -> None:

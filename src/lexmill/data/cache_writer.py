@@ -14,7 +14,7 @@ import numpy as np
 from lexmill.data.batch import Example, Tokens
 
 FORMAT = "lexmill token cache"
-VERSION = 1
+VERSION = 2
 _NO_TOKENS = np.zeros(0, np.int32)
 
 

@@ -28,7 +28,7 @@ from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.gold import SHAPES, Gold, gold_of, listed, on_units, sign_and_label
 from lexmill.tasks.inputs import Arrange, packed
 from lexmill.tasks.texts import text_in
-from lexmill.tasks.units import Spans, join, units_of
+from lexmill.tasks.units import Spans, is_by_character, join, stripped, units_of
 from lexmill.tasks.windows import UnitWindow, windows_of_units
 
 HEAD = "tags"
@@ -164,11 +164,9 @@ class Tag(Task):
         for where, record in rows:
             gold = self._gold(record)
             if gold is not None:
-                text, _ = self._text(record)
+                text, spans = self._read(record)
                 count += len(gold.entities)
-                lost += [
-                    f"{where}: '{text[one.start : one.end]}'" for one in on_units(gold, units_of(text), self.scheme)[1]
-                ]
+                lost += [f"{where}: '{text[one.start : one.end]}'" for one in on_units(gold, spans, self.scheme)[1]]
                 loose += [f"{where}: '{text[one.start : one.end]}' as {one.label}" for one in gold.loose]
         yield Finding("info", "entities", f"{count:,} entities of {len(self.types)} labels", count)
         if lost:
@@ -190,6 +188,13 @@ class Tag(Task):
             what = "an empty or strange token" if tokens else "no tokens"
             raise UserError(f"column '{self.columns['text']}' holds {what}", hint="give a list of texts, none empty")
         return join(tokens)
+
+    def _read(self, record: Record) -> tuple[str, Spans]:
+        """The text and its units: the tokens where they are given, unless that is by characters."""
+        text, tokens = self._text(record)
+        if tokens is None or is_by_character(record[self.columns["text"]]):
+            return text, units_of(text)
+        return text, stripped(text, tokens)
 
     def _gold(self, record: Record) -> Gold | None:
         """None where the record says nothing."""
@@ -230,15 +235,14 @@ class Tag(Task):
 
     def _cut(self, records: Sequence[Record], tokenizer: Tokenizer) -> list[tuple[str, bool, Spans, list[UnitWindow]]]:
         """Of each record the text, whether it was made of tokens, its units, and its windows."""
-        texts = [self._text(record) for record in records]
-        spans = [units_of(text) for text, _ in texts]
-        words = [[text[start:end] for start, end in own.tolist()] for (text, _), own in zip(texts, spans, strict=True)]
+        read = [self._read(record) for record in records]
+        words = [[text[start:end] for start, end in spans.tolist()] for text, spans in read]
         windows = windows_of_units(words, tokenizer, self.options.max_length, self.options.stride)
         if any(not len(own[0].tokens.ids) for own in windows):
             raise UserError("a text holds nothing that this model's tokenizer can read", hint="leave it out")
         return [
-            (text, tokens is not None, units, own)
-            for (text, tokens), units, own in zip(texts, spans, windows, strict=True)
+            (text, not isinstance(record.get(self.columns["text"]), str), spans, own)
+            for record, (text, spans), own in zip(records, read, windows, strict=True)
         ]
 
     # --- the model --------------------------------------------------------------------------------------------

@@ -40,15 +40,27 @@ def units_of(text: str) -> Spans:
     return np.array(found, np.int64).reshape(-1, 2)
 
 
+def is_by_character(tokens: Sequence[str]) -> bool:
+    """Whether a row is given by characters: it holds Chinese or Japanese ones, and most of its tokens are of one."""
+    single = sum(len(token) == 1 for token in tokens)
+    return 2 * single > len(tokens) and any(_wide(character) for token in tokens for character in token)
+
+
+def stripped(text: str, spans: Spans) -> Spans:
+    """Spans without the blanks at their ends; those of nothing else are left out."""
+    parts = [(text[start:end], start, end) for start, end in spans.tolist()]
+    found = [(end - len(part.lstrip()), start + len(part.rstrip())) for part, start, end in parts if part.strip()]
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 def join(tokens: Sequence[str]) -> tuple[str, Spans]:
     """Given tokens as one text, and where each stands in it.
 
     A blank parts them, but not where one of the two is a Chinese or Japanese character or sign at that place; nor, in a
-    row given by characters, two single ones (`C`, `S`, `O`, `L` within Chinese). A row is given by characters where it
-    holds such a character and most of its tokens are of one.
+    row given by characters, two single ones (`C`, `S`, `O`, `L` within Chinese).
     """
     single = [len(token) == 1 for token in tokens]
-    by_character = 2 * sum(single) > len(tokens) and any(_wide(c) for token in tokens for c in token)
+    by_character = is_by_character(tokens)
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     length = 0

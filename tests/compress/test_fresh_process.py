@@ -35,6 +35,8 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("factorise", {"recover": False}), Step("weights", {"rounding": "awq", "rows": 16})],
     [Step("vocabulary"), Step("int8", {"max_error": 1.0})],
     [Step("distil", {"layers": 1, "recovery": _QUICK}), Step("vocabulary", {"size": 50})],
+    [Step("sparsity", {"pattern": "2:4", "recovery": _QUICK}), Step("int8", {"max_error": 1.0})],
+    [Step("vocabulary"), Step("sparsity", {"by": "wanda", "recover": False})],
     [Step("factorise", {"recover": False}), Step("int8", {"scheme": "token", "max_error": 1.0})],
 )
 

@@ -7,6 +7,7 @@ from lexmill.compress.factorise import Factorise
 from lexmill.compress.quantise import Int8
 from lexmill.compress.rows import Files
 from lexmill.compress.run import CompressConfig, CompressResult, compress
+from lexmill.compress.sparsify import Sparsity
 from lexmill.compress.vocabulary import Vocabulary
 from lexmill.compress.weights import Weights
 
@@ -20,6 +21,7 @@ __all__ = [
     "Int8",
     "Material",
     "Method",
+    "Sparsity",
     "Step",
     "Vocabulary",
     "Weights",

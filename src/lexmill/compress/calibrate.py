@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lexmill.compress.base import batches
 from lexmill.engine import Loaded
+from lexmill.errors import UserError
 from lexmill.models.trunk import Trunk
 from lexmill.nn.attention import Attention
 from lexmill.nn.int8 import LEVELS, Grid
@@ -54,6 +55,31 @@ def groups_of(trunk: Trunk) -> list[Group]:
         elif is_dense(module) and path not in grouped:
             found.append(Group((path,)))
     return found
+
+
+def groups_without(trunk: Trunk, skip: Sequence[str]) -> list[Group]:
+    """The dense layers of a trunk's layers but for those at or below the places in `skip`, in order.
+
+    Raises:
+        UserError: there is none at such a place, or none is left.
+    """
+    groups = groups_of(trunk)
+    places = [place for group in groups for place in group.places]
+    if not places:
+        raise UserError("the model has no linear layers in its layers", hint="distil or prune it")
+    for given in skip:
+        if not any(is_within(place, given) for place in places):
+            raise UserError(f"there is no linear layer at '{given}'", where="skip", hint=f"one is '{places[0]}'")
+    kept = [(tuple(p for p in one.places if not any(is_within(p, given) for given in skip)), one) for one in groups]
+    found = [Group(places, one.smooths) for places, one in kept if places]
+    if not found:
+        raise UserError("every layer is skipped", where="skip", hint="leave some out")
+    return found
+
+
+def is_within(place: str, given: str) -> bool:
+    """Whether a place is another one, or below it."""
+    return place == given or place.startswith(f"{given}.")
 
 
 def is_dense(module: nn.Module | None) -> bool:

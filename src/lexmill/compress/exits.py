@@ -62,6 +62,7 @@ class EarlyExits(Method):
     Options: ClassVar[type] = ExitsOptions
     after: ClassVar[Mapping[Stage, str]] = {
         "exits": "since the model has exits already",
+        "sparsify": "since training would fill what was set to 0",
         "quantise": "since heads are trained on what layers give in full precision",
     }
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from lexmill.compress.base import Material, Method, Stage, register
-from lexmill.compress.calibrate import Clip, Group, apart, grids, groups_of, outputs, reaches
+from lexmill.compress.calibrate import Clip, Group, apart, grids, groups_of, is_within, outputs, reaches
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model
@@ -74,7 +74,7 @@ class Int8(Method):
             raise UserError("the grid of a row reaches as far as the row", where="clip", hint=hint)
         places = [place for group in groups_of(subject.model.trunk) for place in group.places]
         for given in options.skip:
-            if not any(_within(place, given) for place in places):
+            if not any(is_within(place, given) for place in places):
                 raise UserError(f"there is no linear layer at '{given}'", where="skip", hint=f"one is '{places[0]}'")
 
     def apply(self, subject: Loaded, material: Material, options: Int8Options) -> tuple[Loaded, dict[str, float]]:
@@ -135,7 +135,7 @@ def _quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) ->
     groups = [
         group
         for group in groups_of(trunk)
-        if not any(_within(place, given) for place in group.places for given in options.skip)
+        if not any(is_within(place, given) for place in group.places for given in options.skip)
     ]
     if not groups:
         raise UserError("every layer is skipped", where="skip", hint="leave some out")
@@ -215,10 +215,6 @@ def _spare(
         found = apart(outputs(subject, rows), wanted)
         material.note(f"{group.places[0]} stays as it is: alone it moves outputs by {alone[group]:.1%}")
     return found
-
-
-def _within(place: str, given: str) -> bool:
-    return place == given or place.startswith(f"{given}.")
 
 
 def _put_tables(model: Model) -> int:

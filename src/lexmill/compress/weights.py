@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from lexmill.compress.base import Material, Method, Stage, register
-from lexmill.compress.calibrate import Group, groups_of
+from lexmill.compress.calibrate import Group, groups_of, groups_without
 from lexmill.compress.factorise import second_moments
 from lexmill.compress.weights_rounding import awq, decoded, gptq, lost
 from lexmill.engine import Loaded
@@ -79,14 +79,7 @@ class Weights(Method):
             raise UserError("fp8 has a scale a row and no zeros", where="group", hint="leave group and symmetric out")
         if options.act_order and options.rounding != "gptq":
             raise UserError(f"'{options.rounding}' has no order of columns", where="act_order", hint="set it to false")
-        groups = groups_of(model.trunk)
-        if not groups:
-            raise UserError(f"'{model.family}' has no linear layers in its layers", hint="distil or prune it")
-        places = [place for group in groups for place in group.places]
-        for given in options.skip:
-            if not any(_within(place, given) for place in places):
-                raise UserError(f"there is no linear layer at '{given}'", where="skip", hint=f"one is '{places[0]}'")
-        for place in (one for group in _chosen(model, options.skip) for one in group.places):
+        for place in (one for group in groups_without(model.trunk, options.skip) for one in group.places):
             columns = cast("Linear", model.trunk.get_submodule(place)).in_features
             if columns % (form.group or columns) or (form.dtype == "int4" and columns % 2):
                 fits = [str(size) for size in (32, 64, 128) if columns % size == 0]
@@ -96,9 +89,7 @@ class Weights(Method):
     def apply(self, subject: Loaded, material: Material, options: WeightsOptions) -> tuple[Loaded, dict[str, float]]:
         self.check(subject, options)
         trunk, form = subject.model.trunk, options.form
-        groups = _chosen(subject.model, options.skip)
-        if not groups:
-            raise UserError("every layer is skipped", where="skip", hint="leave some out")
+        groups = groups_without(trunk, options.skip)
         moments: Mapping[str, Tensor] = {}
         if options.rounding != "nearest":
             rows = material.sample(options.rows)
@@ -163,17 +154,6 @@ def _put(
 def _apart(weight: Tensor, coded: Coded, form: Form, moments: Tensor) -> float:
     whole = lost(weight, torch.zeros_like(weight), moments)
     return (lost(weight, decoded(coded, form), moments) / max(whole, 1e-30)) ** 0.5
-
-
-def _chosen(model: Model, skip: Sequence[str]) -> list[Group]:
-    """Groups without the layers to be skipped."""
-    groups = groups_of(model.trunk)
-    kept = [tuple(p for p in one.places if not any(_within(p, given) for given in skip)) for one in groups]
-    return [Group(places, one.reads_states) for places, one in zip(kept, groups, strict=True) if places]
-
-
-def _within(place: str, given: str) -> bool:
-    return place == given or place.startswith(f"{given}.")
 
 
 def put_tables(model: Model) -> int:

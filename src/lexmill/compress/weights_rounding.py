@@ -35,7 +35,7 @@ def gptq(
     """
     size, group = weight.shape[1], form.group or weight.shape[1]
     order = moments.diagonal().argsort(descending=True) if act_order else torch.arange(size)
-    inverse = _inverse_root(moments[order][:, order].double(), damp)
+    inverse = inverse_root(moments[order][:, order].double(), damp)
     left = weight[:, order].clone()
     scales, zeros = form.scales(form.grouped(weight))
     codes = torch.empty(weight.shape, dtype=torch.uint8 if form.dtype == "fp8" else torch.int8)
@@ -61,7 +61,7 @@ def gptq(
     return Coded(codes, scales, zeros)
 
 
-def _inverse_root(moments: Float[Tensor, "in in"], damp: float) -> Float[Tensor, "in in"]:
+def inverse_root(moments: Float[Tensor, "in in"], damp: float) -> Float[Tensor, "in in"]:
     """The upper triangle U with `Uᵀ U` the inverse of the damped moments; float32."""
     mean = moments.diagonal().mean().clamp_min(1e-12)
     damped = moments + damp * mean * torch.eye(len(moments), dtype=moments.dtype)

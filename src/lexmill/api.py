@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lexmill.data.augment import Edit
     from lexmill.data.check import DataReport
     from lexmill.data.tokenizer_training import TrainedTokenizer
-    from lexmill.engine import Ensemble, TorchEngine
+    from lexmill.engine import Ensemble, Runtime
     from lexmill.evaluate import Comparison, Evaluation
     from lexmill.export import ExportResult
     from lexmill.fit import FitResult, Watch
@@ -254,7 +254,7 @@ class OpenArtifact:
     """An artefact in memory, ready to answer; `load` makes it."""
 
     artifact: Artifact
-    engine: TorchEngine | Ensemble
+    engine: Runtime | Ensemble
 
     def predict(self, texts: Sequence[Any], *, adapter: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """One answer a text, as `POST /v1/{task}` gives it.
@@ -508,8 +508,11 @@ def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], 
     return import_gguf(file, out, progress=progress)
 
 
-def load(path: Path | str, *, others: Sequence[Path | str] = ()) -> OpenArtifact:
+def load(path: Path | str, *, others: Sequence[Path | str] = (), engine: str = "torch") -> OpenArtifact:
     """Open an artefact, its hashes checked, and load its model; with `others` an ensemble, whose answers are one.
+
+    Args:
+        engine: `torch`, or `onnx` for an artefact that `export` wrote.
 
     Raises:
         UserError: where an artefact is damaged, or the others were not trained for the same answers.
@@ -518,8 +521,9 @@ def load(path: Path | str, *, others: Sequence[Path | str] = ()) -> OpenArtifact
     from lexmill.engine import Ensemble, open_engine
 
     artifact = Artifact.open(Path(path))
-    engine = open_engine(artifact)
-    return OpenArtifact(artifact, Ensemble([engine, *map(open_engine, map(Path, others))]) if others else engine)
+    first = open_engine(artifact, engine)
+    members = [first, *(open_engine(Path(other), engine) for other in others)]
+    return OpenArtifact(artifact, Ensemble(members) if others else first)
 
 
 def evaluate(
@@ -528,6 +532,7 @@ def evaluate(
     *,
     adapter: str | None = None,
     others: Sequence[Path | str] | None = None,
+    engine: str = "torch",
     encoding: str = "utf-8",
     skip_bad: bool = False,
     report: Path | str | None = None,
@@ -538,13 +543,14 @@ def evaluate(
     Args:
         adapter: which answers, where the artefact has several.
         others: more artefacts of an ensemble.
+        engine: see `load`.
         report: write an HTML report here.
         progress: told how many rows are done.
 
     Raises:
         UserError: with `file:line` for a row that cannot be scored, e.g. for a label that training never saw.
     """
-    return load(artifact, others=others or ()).evaluate(
+    return load(artifact, others=others or (), engine=engine).evaluate(
         data, adapter=adapter, encoding=encoding, skip_bad=skip_bad, report=report, progress=progress
     )
 
@@ -613,8 +619,8 @@ def verify(artifact: Path | str) -> Verification:
     return verify(artifact)
 
 
-def serve(artifacts: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 8100) -> None:
-    """Serve artefacts over HTTP until SIGINT or SIGTERM; port 0 picks a free one."""
+def serve(artifacts: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 8100, engine: str = "torch") -> None:
+    """Serve artefacts over HTTP until SIGINT or SIGTERM; port 0 picks a free one. For `engine` see `load`."""
     from lexmill.serve import serve
 
-    serve(artifacts, host=host, port=port)
+    serve(artifacts, host=host, port=port, runtime=engine)

@@ -14,7 +14,7 @@ from tests.small_classifier import small_classifier, write_artifact
 
 from lexmill.engine import Cancelled, Expired, Loaded, Request, TorchEngine, open_engine
 from lexmill.engine.probes import evidence, probe_records
-from lexmill.engine.torch_engine import micro_batches
+from lexmill.engine.runtime import micro_batches
 from lexmill.errors import UserError
 from lexmill.nn import matmul
 from lexmill.nn.linear import Linear

@@ -16,7 +16,7 @@ from lexmill.data import open_source, read_lines
 from lexmill.data.columns import flag
 from lexmill.data.sources import Row
 from lexmill.data.write import write_lines
-from lexmill.engine import Ensemble, TorchEngine
+from lexmill.engine import Ensemble, Runtime, open_engine
 from lexmill.errors import UserError
 
 _CHUNK = 1024
@@ -30,6 +30,7 @@ def predict(
     columns: Mapping[str, str | None],
     *,
     adapter: str | None,
+    engine: str,
     encoding: str,
     skip_bad: bool,
 ) -> None:
@@ -41,9 +42,9 @@ def predict(
         name, groups = "stdin", _as_they_come(_standard_input(encoding))
     else:
         name, groups = data, _in_chunks(open_source(data, encoding=encoding, skip_bad=skip_bad))
-    engines = [TorchEngine(artifact) for artifact in artifacts]
-    engine = engines[0] if len(engines) == 1 else Ensemble(engines)
-    answers = _answers(engine, adapter, groups, columns, lambda line: f"{name}:{line}")
+    engines = [open_engine(artifact, engine) for artifact in artifacts]
+    answering = engines[0] if len(engines) == 1 else Ensemble(engines)
+    answers = _answers(answering, adapter, groups, columns, lambda line: f"{name}:{line}")
     if out is None:
         _write(answers, sys.stdout)
     else:
@@ -95,7 +96,7 @@ def _as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _answers(
-    engine: TorchEngine | Ensemble,
+    engine: Runtime | Ensemble,
     adapter: str | None,
     groups: Iterator[list[Row]],
     columns: Mapping[str, str | None],

@@ -10,6 +10,8 @@ import typer
 
 from lexmill.cli import output
 
+Engine = Annotated[str, typer.Option("--engine", help="torch, or onnx for an artefact that export wrote.")]
+
 
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
@@ -18,6 +20,7 @@ def evaluate(
     others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
+    engine: Engine = "torch",
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
@@ -33,6 +36,7 @@ def evaluate(
             data,
             adapter=adapter,
             others=others or (),
+            engine=engine,
             encoding=encoding,
             skip_bad=skip_bad,
             report=report,
@@ -72,6 +76,7 @@ def predict(
     others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
+    engine: Engine = "torch",
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
 ) -> None:
@@ -80,16 +85,17 @@ def predict(
 
     columns = {"text": text, "text_pair": text_pair, **output.columns(column)}
     members = [artifact, *(others or ())]
-    predict(members, data, out, columns, adapter=adapter, encoding=encoding, skip_bad=skip_bad)
+    predict(members, data, out, columns, adapter=adapter, engine=engine, encoding=encoding, skip_bad=skip_bad)
 
 
 def serve(
     artifacts: Annotated[list[Path], typer.Argument(help="One or more artefacts.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8100,
+    engine: Engine = "torch",
 ) -> None:
     """Serve artefacts over HTTP. POST /v1/classify, /v1/generate; GET /health, /ready, /metrics, /openapi.json."""
     from lexmill.serve import serve
 
     print("loading", ", ".join(map(str, artifacts)), file=sys.stderr)
-    serve(artifacts, host=host, port=port)
+    serve(artifacts, host=host, port=port, runtime=engine)

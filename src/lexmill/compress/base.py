@@ -17,7 +17,7 @@ import numpy as np
 from lexmill.config import load, read_sets
 from lexmill.data.batch import Batch, collate
 from lexmill.engine import Loaded
-from lexmill.engine.torch_engine import micro_batches, num_tokens
+from lexmill.engine.runtime import micro_batches, num_tokens
 from lexmill.errors import UserError
 from lexmill.tasks import Record
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lexmill.data.batch import Batch, Example, collate
 from lexmill.engine import Loaded
-from lexmill.engine.torch_engine import CPU_TOKEN_BUDGET, micro_batches, num_tokens
+from lexmill.engine.runtime import micro_batches, num_tokens
+from lexmill.engine.torch_engine import CPU_TOKEN_BUDGET
 from lexmill.errors import UserError
 from lexmill.models import LMHead
 from lexmill.nn.linear import pack

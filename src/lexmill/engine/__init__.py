@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from lexmill.engine.base import Cancelled, Engine, Expired, Overloaded, Request,
 from lexmill.engine.batcher import Batcher
 from lexmill.engine.ensemble import Ensemble
 from lexmill.engine.loaded import Loaded, load
+from lexmill.engine.onnx_engine import OnnxEngine
+from lexmill.engine.runtime import Runtime
 from lexmill.engine.torch_engine import TorchEngine
 from lexmill.errors import UserError
 
@@ -20,18 +23,20 @@ __all__ = [
     "Ensemble",
     "Expired",
     "Loaded",
+    "OnnxEngine",
     "Overloaded",
     "Request",
+    "Runtime",
     "TorchEngine",
     "Work",
     "load",
     "open_engine",
 ]
 
-RUNTIMES = {"torch": TorchEngine}
+RUNTIMES: Mapping[str, Callable[..., Runtime]] = {"torch": TorchEngine, "onnx": OnnxEngine}
 
 
-def open_engine(path: Artifact | Path | str, runtime: str = "torch", **options: Any) -> TorchEngine:
+def open_engine(path: Artifact | Path | str, runtime: str = "torch", **options: Any) -> Runtime:
     """The engine of this runtime for an artefact; `options` are the runtime's own. Raises `UserError` where the
     runtime is unknown or the artefact cannot be read."""
     if runtime not in RUNTIMES:

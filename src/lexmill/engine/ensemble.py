@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from lexmill.engine.base import Request, Work
-from lexmill.engine.torch_engine import CHUNK, TorchEngine
+from lexmill.engine.runtime import CHUNK, Runtime
 from lexmill.errors import UserError
 from lexmill.tasks.base import Record, Task
 
@@ -19,7 +19,7 @@ class Ensemble:
         UserError: where their tasks or labels differ.
     """
 
-    def __init__(self, members: Sequence[TorchEngine]) -> None:
+    def __init__(self, members: Sequence[Runtime]) -> None:
         if len(members) < 2:
             raise UserError("an ensemble has at least two members", hint="name another artefact")
         first = members[0].task
@@ -56,7 +56,7 @@ class Ensemble:
     def run_stream(
         self, records: Iterable[Record], *, chunk: int = CHUNK, labelled: bool = False, adapter: str | None = None
     ) -> Iterator[tuple[Record, Any]]:
-        """See `TorchEngine.run_stream`."""
+        """See `Runtime.run_stream`."""
         self.task_for(adapter)
         source = iter(records)
         while rows := list(islice(source, chunk)):

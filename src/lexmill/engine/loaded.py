@@ -45,7 +45,7 @@ class Loaded:
         known = f"known adapters: {', '.join(self.adapters)}" if self.adapters else "it has none"
         if adapter is not None and adapter not in self.adapters:
             raise UserError(f"unknown adapter '{adapter}'", where="adapter", hint=known)
-        if adapter is None and not self.model.heads and self.adapters:
+        if adapter is None and self.adapters and not self.model.heads:
             raise UserError("this model answers with an adapter only", where="adapter", hint=f"name one; {known}")
         return self if adapter is None else self.adapters[adapter]
 

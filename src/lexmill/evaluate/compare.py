@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lexmill import metrics
-from lexmill.engine import Ensemble, TorchEngine
+from lexmill.engine import Ensemble, Runtime
 from lexmill.errors import UserError
 from lexmill.evaluate.run import answered
 from lexmill.metrics import Difference
@@ -74,8 +74,8 @@ class Comparison:
 
 
 def compare(
-    first: TorchEngine | Ensemble,
-    second: TorchEngine | Ensemble,
+    first: Runtime | Ensemble,
+    second: Runtime | Ensemble,
     records: Iterable[Record],
     *,
     names: tuple[str, str] = ("first", "second"),
@@ -127,7 +127,7 @@ def compare(
     )
 
 
-def _refuse_different(first: TorchEngine | Ensemble, second: TorchEngine | Ensemble, names: tuple[str, str]) -> None:
+def _refuse_different(first: Runtime | Ensemble, second: Runtime | Ensemble, names: tuple[str, str]) -> None:
     a, b = first.task, second.task
     if a.name != b.name:
         what = f"'{names[0]}' does the task '{a.name}', '{names[1]}' the task '{b.name}'"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lexmill.artifact import Metric
-from lexmill.engine import Ensemble, TorchEngine
+from lexmill.engine import Ensemble, Runtime
 from lexmill.errors import UserError
 from lexmill.tasks.base import Metrics, Record
 
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: TorchEngine | Ensemble,
+    engine: Runtime | Ensemble,
     records: Iterable[Record],
     *,
     adapter: str | None = None,
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def answered(
-    engine: TorchEngine | Ensemble,
+    engine: Runtime | Ensemble,
     records: Iterable[Record],
     *,
     adapter: str | None = None,

@@ -1,17 +1,19 @@
 """Models written for other programs, each file checked against its source."""
 
 from lexmill.export.base import Format, find, known, register
+from lexmill.export.onnx import Onnx
 from lexmill.export.parity import Parity
-from lexmill.export.run import ExportResult, compared, export
+from lexmill.export.run import ExportResult, export, exported
 from lexmill.export.source import Source, open_source
 
 __all__ = [
     "ExportResult",
     "Format",
+    "Onnx",
     "Parity",
     "Source",
-    "compared",
     "export",
+    "exported",
     "find",
     "known",
     "open_source",

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Evidence = Mapping[str, float]
+LEAST_AGREEMENT = 0.95
+"""The share of decisions that must be the same, however much numbers may differ."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        return self.max_error <= self.tolerance
+        agrees = self.label_agreement is None or self.label_agreement >= LEAST_AGREEMENT
+        return self.max_error <= self.tolerance and agrees
 
     def to_dict(self) -> dict[str, float]:
         found = {"max_error": self.max_error, "probes": float(self.probes), "tolerance": self.tolerance}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, cast
 from lexmill import models
 from lexmill.artifact import Artifact, Manifest, TaskRecord, Transform, Writer, create, render_card
 from lexmill.config import load as read_config
+from lexmill.engine import Loaded, probes
 from lexmill.engine.files import environment, write_model
-from lexmill.errors import Failure
+from lexmill.errors import Failure, UserError
 from lexmill.export.base import Format, find
 from lexmill.export.parity import Parity, measure
 from lexmill.export.source import Source, open_source
@@ -96,6 +98,23 @@ def compared(form: Format, source: Source, file: Path, options: Any) -> Parity:
     got = form.evidence(source.loaded, file, source.records)
     labelled = any(source.loaded.task.labels().values())
     return measure(source.evidence, got, form.tolerance(source.loaded, options), labelled=labelled)
+
+
+def exported(artifact: Artifact, loaded: Loaded) -> Iterator[tuple[str, Parity | UserError]]:
+    """Each exported file of an artefact, and how far its answers are now from the stored ones of the source; the error
+    where it gives none.
+
+    Args:
+        loaded: the artefact's own task and tokenizer; its model is not asked.
+    """
+    source = Source(artifact.path, loaded, artifact, json.loads(artifact.file(probes.FILE).read_text("utf-8")))
+    for file, entry in cast("dict[str, Any]", artifact.manifest.structure.get(NAME, {})).items():
+        try:
+            form = find(file.split("/")[0])
+            got = form.evidence(loaded, artifact.file(file), source.records)
+            yield file, measure(source.evidence, got, entry["tolerance"], labelled=any(loaded.task.labels().values()))
+        except UserError as fault:
+            yield file, fault
 
 
 def _refuse_different(parity: Mapping[str, Parity], out: Path) -> None:

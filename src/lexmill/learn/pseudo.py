@@ -10,12 +10,12 @@ from typing import Any
 from lexmill.artifact import refuse_existing
 from lexmill.data import open_source
 from lexmill.data.write import write_rows
-from lexmill.engine import Ensemble, TorchEngine
+from lexmill.engine import Ensemble, Runtime
 from lexmill.errors import UserError
 
 
 def label(
-    engine: TorchEngine | Ensemble, data: Path, out: Path, min_score: float, *, encoding: str, skip_bad: bool
+    engine: Runtime | Ensemble, data: Path, out: Path, min_score: float, *, encoding: str, skip_bad: bool
 ) -> dict[str, Any]:
     """Write the rows of which the model is sure, with the label it gives them.
 

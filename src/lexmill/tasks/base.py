@@ -223,6 +223,11 @@ class Task(ABC):
         """Further text files that other programs want beside the model's in an artefact, by relative path."""
         return {}
 
+    def reading(self) -> dict[str, Any]:
+        """What a program without Lexmill needs to know to cut texts and to make answers of outputs, as JSON; empty
+        where that takes more than numbers and names."""
+        return {}
+
     # --- answers ----------------------------------------------------------------------------------------------
     @abstractmethod
     def items(self, request: BaseModel) -> list[Record]:

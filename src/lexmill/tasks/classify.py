@@ -273,6 +273,18 @@ class Classify(Task):
             return super().imitation(outputs, wanted, temperature)
         return {head: bernoulli_apart(outputs[head], given, temperature).mean(-1) for head, given in wanted.items()}
 
+    def reading(self) -> dict[str, Any]:
+        several, limit = self.options.multi_label, self.limit
+        refusal = {"label": self.options.out_of_scope, "by": self.options.out_of_scope_by, "below": limit}
+        return {
+            "max_length": self.options.max_length,
+            "pairs": "text_pair" in self.columns,
+            "activation": "sigmoid" if several else "softmax",
+            "labels": {head.name: list(head.labels) for head in self.heads.values()},
+            **({"threshold": self.options.threshold} if several else {}),
+            **({} if limit is None else {"out_of_scope": refusal}),
+        }
+
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:
         assert isinstance(request, ClassifyRequest)

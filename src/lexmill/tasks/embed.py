@@ -218,6 +218,11 @@ class Embed(Task):
             raise UserError(f"vectors of {outputs[HEAD].shape[-1]} numbers cannot be compared with the teacher's")
         return {HEAD: 1 - F.cosine_similarity(outputs[HEAD], wanted[HEAD], dim=-1)}
 
+    def reading(self) -> dict[str, Any]:
+        o = self.options
+        prefixes = {"query": o.query_prefix, "passage": o.passage_prefix}
+        return {"max_length": o.max_length, "pairs": False, "normalise": o.normalise, "prefixes": prefixes}
+
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:
         assert isinstance(request, EmbedRequest)

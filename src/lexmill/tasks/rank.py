@@ -196,6 +196,10 @@ class Rank(Task):
     ) -> Mapping[str, Tensor]:
         return {HEAD: bernoulli_apart(outputs[HEAD], wanted[HEAD], temperature)}
 
+    def reading(self) -> dict[str, Any]:
+        learnt = {"low": self.low, "high": self.high}
+        return {"max_length": self.options.max_length, "pairs": True, "activation": "sigmoid", **learnt}
+
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:
         assert isinstance(request, RankRequest)

@@ -270,6 +270,10 @@ class Tag(Task):
         target = torch.from_numpy(batch.labels[HEAD]).to(outputs[HEAD].device)
         return {HEAD: F.cross_entropy(outputs[HEAD], target, reduction="none")}
 
+    def reading(self) -> dict[str, Any]:
+        o = self.options
+        return {"max_length": o.max_length, "stride": o.stride, "pairs": False, "labels": {HEAD: list(self.tags)}}
+
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:
         assert isinstance(request, TagRequest)

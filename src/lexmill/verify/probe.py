@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from lexmill import models
 from lexmill.adapt import adapter_tensors
+from lexmill.artifact import Artifact
 from lexmill.engine import Loaded, load
 from lexmill.engine.probes import evidence, stored_in
+from lexmill.errors import UserError
+from lexmill.export import Parity, exported
 
 
 def observe(path: Path) -> dict[str, Any]:
@@ -23,11 +27,20 @@ def observe(path: Path) -> dict[str, Any]:
         "weights": models.weights_digest(base) | models.digest(adapters),
         "task": loaded.task.name,
         "evidence_field": loaded.task.evidence_field,
+        "exported": {
+            file: {"said": str(found), "ok": isinstance(found, Parity) and found.holds, **_numbers(found)}
+            for file, found in exported(Artifact.open(path, check=False), loaded)
+        },
         "probes": {
             name or "": _probed(loaded.of(name), json.loads(file.read_text(encoding="utf-8")))
             for name, file in stored_in(path, loaded.adapters).items()
         },
     }
+
+
+def _numbers(found: Parity | UserError) -> dict[str, float]:
+    """What may be told as JSON, which has no infinity."""
+    return found.to_dict() if isinstance(found, Parity) and math.isfinite(found.max_error) else {}
 
 
 def _probed(loaded: Loaded, stored: dict[str, Any]) -> dict[str, Any]:

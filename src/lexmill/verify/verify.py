@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlencode
 
-from lexmill.artifact import Artifact
+from lexmill.artifact import Artifact, Manifest
+from lexmill.compress.run import NAME as COMPRESS
 from lexmill.engine.probes import FORMAT, stored_in
 from lexmill.errors import UserError
 from lexmill.verify.compare import TOLERANCE, Check, compare
@@ -46,7 +48,7 @@ class Verification:
 
 
 def verify(path: Path | str, *, timeout: float = TIMEOUT) -> Verification:
-    """Compare trained = stored = reloaded = served.
+    """Compare trained = compressed (within what may be lost) = stored = reloaded = exported = served.
 
     Args:
         path: an artefact.
@@ -65,6 +67,10 @@ def _checks(artifact: Artifact, timeout: float) -> Iterator[Check]:
     yield files
     if not files.ok:
         return
+    compressed = list(_compressed(artifact.manifest))
+    yield from compressed
+    if not all(check.ok for check in compressed):
+        return
     adapters = cast("dict[str, Any]", artifact.manifest.structure.get("adapters", {}))
     probed = {name: _stored(file) for name, file in stored_in(artifact.path, adapters).items()}
     try:
@@ -79,6 +85,7 @@ def _checks(artifact: Artifact, timeout: float) -> Iterator[Check]:
             _for(adapter, compare("trained = reloaded", records, trained, seen["evidence"])),
             _for(adapter, _inputs(records, seen["records"])),
         ]
+    loaded += [_exported(file, seen) for file, seen in found["exported"].items()]
     yield from loaded
     if not all(check.ok for check in loaded):
         return
@@ -113,6 +120,25 @@ def _files(artifact: Artifact) -> Check:
         return Check("files", False, str(fault))
     count = len(artifact.manifest.files)
     return Check("files", True, f"{count} files have the size and hash the manifest says", count)
+
+
+def _compressed(manifest: Manifest) -> Iterator[Check]:
+    """Of each compression with a limit, whether the loss that was proved is within it."""
+    for step in manifest.history:
+        limit = step.parameters.get("max_drop")
+        if step.name != COMPRESS or not isinstance(limit, (int, float)):
+            continue
+        high, rows = step.effect.get("drop_high", math.nan), int(step.effect.get("rows", 0))
+        drop = step.effect.get("drop", math.nan)
+        said = (
+            f"score lost {drop:+.4f}, at most {high:+.4f} with 97.5 % confidence, on {rows:,} rows; {limit:g} allowed"
+        )
+        yield Check("trained = compressed, within what may be lost", drop <= high <= limit and rows > 0, said, rows)
+
+
+def _exported(file: str, seen: Mapping[str, Any]) -> Check:
+    probes = int(seen.get("probes", 0))
+    return Check(f"trained = exported, {file}", seen["ok"], seen["said"], probes, seen.get("max_error"))
 
 
 def _stored(file: Path) -> dict[str, Any]:

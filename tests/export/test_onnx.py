@@ -23,6 +23,7 @@ from lexmill.errors import Failure, UserError
 from lexmill.export import Onnx, export, find
 from lexmill.export.parity import measure
 from lexmill.models import ModelConfig
+from lexmill.models.config import LayerOverride
 from lexmill.models.recurrent import RecurrentConfig
 from lexmill.nn.embedding import Int8Embedding
 from lexmill.nn.int8 import Grid, Int8Linear
@@ -41,6 +42,11 @@ BASE = ModelConfig(
 ROTARY = {"positions": "rotary", "type_vocab_size": 0, "embedding_norm": False, "final_norm": True, "norm_place": "pre"}
 LLAMA = {**ROTARY, "norm": "rms", "gated": True, "activation": "silu", "attention_bias": False, "mlp_bias": False,
          "num_kv_heads": 2, "causal": True, "norm_eps": 1e-5}  # fmt: skip
+GPT2 = {"causal": True, "norm_place": "pre", "final_norm": True, "embedding_norm": False, "type_vocab_size": 0,
+        "activation": "gelu_tanh", "norm_eps": 1e-5}  # fmt: skip
+MODERN = {**ROTARY, "embedding_norm": True, "first_norm": False, "norm_bias": False, "attention_bias": False,
+          "mlp_bias": False, "gated": True, "norm_eps": 1e-5, "rope_theta": 160_000.0,
+          "layers": (LayerOverride(), LayerOverride(window=9, rope_theta=10_000.0))}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"position_offset": 2, "max_positions": 512, "type_vocab_size": 1},
@@ -48,26 +54,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "distilbert": {"type_vocab_size": 0},
     "albert": {"embedding_size": 16, "num_groups": 1, "activation": "gelu_tanh"},
     "ernie": {"task_type_vocab_size": 3},
-    "modernbert": {
-        **ROTARY,
-        "embedding_norm": True,
-        "first_norm": False,
-        "norm_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "gated": True,
-        "window": 9,
-        "norm_eps": 1e-5,
-    },  # fmt: skip
-    "gpt2": {
-        "causal": True,
-        "norm_place": "pre",
-        "final_norm": True,
-        "embedding_norm": False,
-        "type_vocab_size": 0,
-        "activation": "gelu_tanh",
-        "norm_eps": 1e-5,
-    },  # fmt: skip
+    "modernbert": MODERN,
+    "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": {**LLAMA, "window": 9},
     "qwen3": {**LLAMA, "qk_norm": True},
@@ -130,7 +118,7 @@ TASKS: dict[str, Callable[[], Loaded]] = {
         Tag.from_records(
             [{"tokens": ["Ann", "ran"], "tags": ["B-PER", "O"]}],
             {"text": "tokens", "tags": "tags"},
-            TagOptions(max_length=48),
+            TagOptions(max_length=48, stride=8),
         ),
         bert(),
     ),
@@ -268,7 +256,8 @@ def test_an_artefact_without_a_graph_names_the_verb_that_makes_one(tmp_path: Pat
 
 def test_a_program_without_lexmill_gets_the_same_probabilities(exported: Artifact) -> None:
     texts = ["My card has not arrived", "What is my PIN?", "refund " * 300]
-    code = f"import sys; sys.modules['lexmill'] = sys.modules['torch'] = None; sys.argv = ['c', *sys.argv[1:]]; exec(open({str(EXAMPLE)!r}).read())"
+    without = "import sys; sys.modules['lexmill'] = sys.modules['torch'] = None"
+    code = f"{without}\nexec(open({str(EXAMPLE)!r}).read())"
     command = [sys.executable, "-c", code, str(exported.path / "onnx"), *texts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

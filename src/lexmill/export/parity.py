@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 Evidence = Mapping[str, float]
 LEAST_AGREEMENT = 0.95
@@ -17,7 +18,8 @@ class Parity:
     """What a file answered to the probes, against its source.
 
     Args:
-        max_error: the largest max|a-b| / max|b| over the evidence of a probe; infinite where names or counts differ.
+        max_error: the largest max|a-b| / max|b| over the evidence of a probe; infinite where names or counts differ. A
+            probe whose numbers all happen to be near 0 is measured by the median of max|b|.
         label_agreement: the share of decisions (the largest number of those that stand under one name before the last
             `/`) that are the same; None where the task has no labels.
         probes: how many were compared.
@@ -49,16 +51,19 @@ def measure(expected: Sequence[Evidence], got: Sequence[Evidence], tolerance: fl
     """Compare evidence probe by probe; `labelled` tells that there are decisions in it."""
     if len(expected) != len(got):
         return Parity(math.inf, 0.0 if labelled else None, len(got), tolerance)
-    worst = max((_error(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
+    scales = [max(map(abs, one.values()), default=0.0) for one in expected]
+    middle = median(scales) if scales else 0.0
+    worst = max(
+        (_gap(a, b, max(scale, middle)) for a, b, scale in zip(expected, got, scales, strict=True)), default=0.0
+    )
     agreed = [same for a, b in zip(expected, got, strict=True) for same in _decided(a, b)] if labelled else []
     return Parity(worst, sum(agreed) / len(agreed) if agreed else None, len(got), tolerance)
 
 
-def _error(expected: Evidence, got: Evidence) -> float:
+def _gap(expected: Evidence, got: Evidence, scale: float) -> float:
     if expected.keys() != got.keys() or not all(map(math.isfinite, got.values())):
         return math.inf
     gap = max((abs(value - got[name]) for name, value in expected.items()), default=0.0)
-    scale = max(map(abs, expected.values()), default=0.0)
     return gap / scale if scale else (math.inf if gap else 0.0)
 
 

@@ -65,7 +65,8 @@ def _split(graph: Graph, x: str, layers: Sequence[Any]) -> list[str]:
 def _dense(graph: Graph, layers: Sequence[Linear], x: str) -> str:
     key = tuple(id(layer.weight) for layer in layers)
     weight = graph.weight(torch.cat([floats(layer.weight) for layer in layers]), key)
-    return _gemm(graph, x, weight, _biases(graph, layers))
+    bias = _biases(graph, layers)
+    return graph.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
 
 
 def _biases(graph: Graph, layers: Sequence[Any]) -> str | None:
@@ -76,10 +77,6 @@ def _biases(graph: Graph, layers: Sequence[Any]) -> str | None:
         torch.zeros(n) if layer.bias is None else floats(layer.bias) for n, layer in zip(parts, layers, strict=True)
     ]
     return graph.weight(torch.cat(rows), ("bias", *(id(layer) for layer in layers)))
-
-
-def _gemm(graph: Graph, x: str, weight: str, bias: str | None) -> str:
-    return graph.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
 
 
 def _int8(graph: Graph, layers: Sequence[Int8Linear], x: str) -> str:

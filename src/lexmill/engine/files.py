@@ -32,12 +32,12 @@ def write_model(writer: Writer, loaded: Loaded, source: Path) -> None:
     loaded.tokenizer.save(str(writer.path("tokenizer.json")))
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            writer.path(name).write_text(_with_ids(loaded.tokenizer, (source / name).read_text("utf-8")), "utf-8")
+            writer.path(name).write_text(with_ids(loaded.tokenizer, (source / name).read_text("utf-8")), "utf-8")
     recorded = probes.record(loaded.task, loaded.model, loaded.tokenizer)
     writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), "utf-8")
 
 
-def _with_ids(tokenizer: Tokenizer, text: str) -> str:
+def with_ids(tokenizer: Tokenizer, text: str) -> str:
     """A file about a tokenizer, with the ids that this one has for its special tokens."""
     described = json.loads(text)
     if "added_tokens_decoder" not in described:

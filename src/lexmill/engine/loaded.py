@@ -30,6 +30,7 @@ class Loaded:
     Args:
         adapters: by name, what else the trunk does with an adapter; the models share it.
         adapter: the name of the adapter that this one is for.
+        path: the directory that it was read from.
     """
 
     task: Task
@@ -38,6 +39,7 @@ class Loaded:
     name: str = "model"
     adapters: Mapping[str, Loaded] = field(default_factory=dict[str, "Loaded"])
     adapter: str | None = None
+    path: Path | None = None
 
     def of(self, adapter: str | None) -> Loaded:
         """What answers with this adapter. A `UserError` where there is none of the name, or none was named and the
@@ -71,7 +73,7 @@ def load(source: Artifact | Path | str) -> Loaded:
         own = add_adapter(model, adapter, artifact.path / ADAPTERS / adapter, entry["heads"])
         record = TaskRecord(name=entry["task"]["name"], state=entry["task"]["state"])
         adapters[adapter] = Loaded(read_task(record, where), own, tokenizer, name, adapter=adapter)
-    return Loaded(task, model, tokenizer, name, adapters)
+    return Loaded(task, model, tokenizer, name, adapters, path=artifact.path)
 
 
 def described_adapters(artifact: Artifact) -> Mapping[str, Any]:

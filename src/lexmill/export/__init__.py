@@ -1,6 +1,7 @@
 """Models written for other programs, each file checked against its source."""
 
 from lexmill.export.base import Format, find, known, register
+from lexmill.export.huggingface import HuggingFace
 from lexmill.export.onnx import Onnx
 from lexmill.export.parity import Parity
 from lexmill.export.run import ExportResult, export, exported
@@ -9,6 +10,7 @@ from lexmill.export.source import Source, open_source
 __all__ = [
     "ExportResult",
     "Format",
+    "HuggingFace",
     "Onnx",
     "Parity",
     "Source",

@@ -71,7 +71,7 @@ def load_pretrained(directory: Path) -> Loaded:
     model, tokenizer = models.load(directory), load_tokenizer(directory)
     check_vocabulary(tokenizer, model.config.vocab_size, where=str(directory))
     task = _headed(model, directory) if "output.weight" in model.spare("classifier") else _headless(model, directory)
-    return Loaded(task, model.eval(), tokenizer, directory.resolve().name)
+    return Loaded(task, model.eval(), tokenizer, directory.resolve().name, path=directory)
 
 
 def _headed(model: Model, directory: Path) -> Task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -253,14 +253,18 @@ class Model(nn.Module):
         self.add_head(name, head)
         return head
 
-    def add_stored_classifier(self, name: str) -> ClassifierHead:
-        """Attach the classification head that the source files hold. A `UserError` where they hold none."""
-        source = self.spare("classifier")
-        output = source.get("output.weight")
+    def add_stored_classifier(
+        self, name: str, use: Literal["classifier", "token_classifier"] = "classifier"
+    ) -> ClassifierHead:
+        """Attach the head that classifies texts, or tokens, of the source files. A `UserError` where they hold none."""
+        output = self.spare(use).get("output.weight")
         if output is None:
             raise UserError("the model's files hold no classification head", hint="train one, or name another model")
-        head = ClassifierHead(self.config.hidden_size, replace(self.head_defaults, num_labels=len(output)))
-        self._start(head, "classifier")
+        family = families.find(self.family)
+        form = family.classifier_shape if use == "classifier" else family.token_shape
+        shape = replace(form(self.config, self.origin.config), num_labels=len(output), dropout=self.config.dropout)
+        head = ClassifierHead(self.config.hidden_size, shape)
+        self._start(head, use)
         self.add_head(name, head)
         return head
 

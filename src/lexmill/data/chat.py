@@ -15,7 +15,7 @@ from lexmill.errors import UserError
 
 Message = Mapping[str, Any]
 """One turn: `role` (`system`, `user`, `assistant`) and `content`."""
-_CONFIG, _FILE = "tokenizer_config.json", "chat_template.jinja"
+_CONFIG, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class ChatTemplate:
         source = config.get("chat_template")
         if isinstance(source, list):
             source = {one["name"]: one["template"] for one in source}.get("default")
-        if (directory / _FILE).is_file():
-            source = (directory / _FILE).read_text("utf-8")
+        if (directory / CHAT_FILE).is_file():
+            source = (directory / CHAT_FILE).read_text("utf-8")
         if not isinstance(source, str):
             return None
         named = {key: value for key, value in config.items() if key.endswith("_token")}

@@ -1,6 +1,7 @@
 """Models written for other programs, each file checked against its source."""
 
 from lexmill.export.base import Format, find, known, register
+from lexmill.export.gguf import Gguf
 from lexmill.export.huggingface import HuggingFace
 from lexmill.export.onnx import Onnx
 from lexmill.export.parity import Parity
@@ -10,6 +11,7 @@ from lexmill.export.source import Source, open_source
 __all__ = [
     "ExportResult",
     "Format",
+    "Gguf",
     "HuggingFace",
     "Onnx",
     "Parity",

@@ -39,9 +39,6 @@ class HuggingFace(Format):
 
     def write(self, subject: Loaded, folder: Path, options: Any) -> Sequence[str]:
         write_plain(subject, folder)
-        for name, content in subject.task.files(subject.model).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(content, "utf-8")
         return [WEIGHTS]
 
     def evidence(self, subject: Loaded, file: Path, records: Sequence[Record]) -> list[Evidence]:
@@ -49,7 +46,7 @@ class HuggingFace(Format):
 
 
 def write_plain(subject: Loaded, folder: Path) -> None:
-    """Write the model and its tokenizer as `transformers` has them.
+    """Write the model, its tokenizer and what its task adds as `transformers` has them.
 
     Raises:
         UserError: the model has what the family's class there has not.
@@ -70,6 +67,9 @@ def write_plain(subject: Loaded, folder: Path) -> None:
     subject.tokenizer.no_padding()
     subject.tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / TOKENIZER, _tokenizer_config(subject))
+    for name, content in subject.task.files(subject.model).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, "utf-8")
 
 
 def _refuse_own(model: Model) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lexmill import metrics
 from lexmill.data.batch import Batch, Example, Tokens, collate
-from lexmill.data.chat import ChatTemplate
+from lexmill.data.chat import CHAT_FILE, ChatTemplate
 from lexmill.errors import UserError
 from lexmill.models import Generated, LMHead, Model, Sampling, generate, weights_digest
 from lexmill.nn.layout import Dense
@@ -199,6 +199,10 @@ class Generate(Task):
 
     def labels(self) -> Mapping[str, Sequence[str]]:
         return {"lm": ()}
+
+    def files(self, model: Model) -> Mapping[str, str]:
+        template = self.options.chat_template
+        return {} if template is None else {CHAT_FILE: template}
 
     # --- text to tokens ---------------------------------------------------------------------------------------
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:

@@ -5,8 +5,10 @@ Two kinds: `gpt2`, byte-level BPE, and `llama`, the BPE of SentencePiece, whose 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -14,7 +16,7 @@ from tokenizers.models import BPE
 from lexmill.artifact.gguf.source import Source
 from lexmill.errors import UserError
 
-_CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,6 +44,8 @@ _PRE = {
     "deepseek-r1-qwen": lambda: _split(_QWEN2),
 }
 """How text is cut before merging, by `tokenizer.ggml.pre`."""
+_COMPOSED = ("qwen2", "deepseek-r1-qwen")
+"""Where accents and letters are put together first."""
 _BOS_FIRST = ("llama-bpe",)
 """Where a text begins with the first token unless the file says otherwise."""
 
@@ -105,7 +109,7 @@ def _byte_level(source: Source, tokens: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = _PRE[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    if pre.startswith(("qwen2", "deepseek-r1-qwen")):
+    if pre in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
@@ -156,3 +160,76 @@ def _frame(source: Source, tokenizer: Tokenizer, names: dict[str, str], kind: st
         tokenizer.post_processor = processors.Sequence([*level, template])
     elif level:
         tokenizer.post_processor = level[0]
+
+
+# --- the other way ----------------------------------------------------------------------------------------------
+
+
+def settings(directory: Path, size: int) -> dict[str, Any]:
+    """The tokenizer of a Hugging Face directory as settings of a file: byte-level BPE, cut in a way that has a name.
+
+    Args:
+        size: token embeddings; where there are fewer tokens, unused ones make up the number.
+
+    Raises:
+        UserError: another kind of tokenizer, or another way of cutting text.
+    """
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    told = json.loads(tokenizer.to_str())
+    if told["model"]["type"] != "BPE" or told["model"].get("byte_fallback"):
+        hint = "only byte-level BPE can be, as GPT-2, SmolLM, Qwen and LLaMA 3 have it"
+        raise UserError("this kind of tokenizer cannot be written as GGUF", where=str(path), hint=hint)
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    types = dict.fromkeys(names, _NORMAL)
+    for index, token in tokenizer.get_added_tokens_decoder().items():
+        types[index] = _CONTROL if token.special else _USER_DEFINED
+    described = _described(directory)
+    found: dict[str, Any] = {
+        "model": "gpt2",
+        "pre": _pre(tokenizer, path),
+        "tokens": [names.get(index, f"[PAD{index}]") for index in range(size)],
+        "token_type": [types.get(index, _UNUSED) for index in range(size)],
+        "merges": [" ".join(pair) for pair in told["model"]["merges"]],
+    }
+    ids = {theirs: tokenizer.token_to_id(described.get(f"{role}_token", "")) for theirs, role in _ROLES.items()}
+    found |= {f"{theirs}_token_id": index for theirs, index in ids.items() if index is not None}
+    plain = tokenizer.encode("a").ids
+    found |= {"add_bos_token": plain[0] == ids["bos"], "add_eos_token": plain[-1] == ids["eos"]}
+    settings = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    chat = described.get("chat_template")
+    return settings | ({"tokenizer.chat_template": chat} if chat else {})
+
+
+def _described(directory: Path) -> dict[str, str]:
+    """The special tokens by role, and the chat template, of the files beside a `tokenizer.json`."""
+    described: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            described |= json.loads((directory / name).read_text("utf-8"))
+    if (directory / "chat_template.jinja").is_file():
+        described["chat_template"] = (directory / "chat_template.jinja").read_text("utf-8")
+    named = {key: value for key, value in described.items() if key.endswith("_token") or key == "chat_template"}
+    plain = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: value for key, value in cast("Mapping[str, Any]", plain).items() if isinstance(value, str)}
+
+
+def _pre(tokenizer: Tokenizer, where: Path) -> str:
+    """The name of the way in which a tokenizer cuts text before merging."""
+    cut = _cutting(tokenizer)
+    for name, build in _PRE.items():
+        other = Tokenizer(BPE(ignore_merges=name == "llama-bpe"))
+        other.pre_tokenizer = build()
+        if name in _COMPOSED:
+            other.normalizer = normalizers.NFC()
+        if _cutting(other) == cut:
+            return name
+    raise UserError("cuts text in a way that has no name in GGUF", where=str(where), hint=f"known: {', '.join(_PRE)}")
+
+
+def _cutting(tokenizer: Tokenizer) -> Any:
+    """What decides how text is cut and merged, as JSON; offsets are of no matter here."""
+    told = json.loads(
+        tokenizer.to_str(), object_hook=lambda part: {k: v for k, v in part.items() if k != "trim_offsets"}
+    )
+    return told["normalizer"], told["pre_tokenizer"], bool(told["model"].get("ignore_merges"))

@@ -19,6 +19,8 @@ from lexmill.nn.lora import LoraLinear, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
+PROMPTS_ROOT = "base_model."
+"""What the names of head tensors begin with, where `peft` puts nothing around the model's layers."""
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
 TASKS = {"classifier": "SEQ_CLS", "token_classifier": "TOKEN_CLS", "lm": "CAUSAL_LM"}
 
@@ -101,6 +103,22 @@ def load_adapter(model: Model, directory: Path, name: str = ADAPTER) -> None:
         with torch.no_grad():
             adapter.a.copy_(a)
             adapter.b.copy_(b)
+
+
+def load_heads(model: Model, directory: Path) -> None:
+    """Give a model's head the weights that stand beside an adapter.
+
+    Raises:
+        UserError: there are none, or they do not fit.
+    """
+    config, tensors = _read(directory)
+    root = PROMPTS_ROOT if config["peft_type"] in PROMPTS else ROOT
+    for name, own in head_tensors(model)[1].items():
+        stored = tensors.get(root + name)
+        if stored is None or stored.shape != own.shape:
+            raise UserError(f"the tensor '{name}' is missing, or does not fit", where=str(directory / WEIGHTS))
+        with torch.no_grad():
+            own.copy_(stored)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

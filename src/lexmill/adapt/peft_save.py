@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lexmill.adapt.adalora import RankAllocator
 from lexmill.adapt.methods import Adapted, own_attentions
-from lexmill.adapt.peft import CONFIG, ROOT, TASKS, WEIGHTS
+from lexmill.adapt.peft import CONFIG, PROMPTS_ROOT, ROOT, TASKS, WEIGHTS
 from lexmill.adapt.peft import save_adapter as save_lora
 from lexmill.adapt.peft_load import GUARD
 from lexmill.errors import UserError
@@ -91,8 +91,6 @@ def _save_adalora(model: Model, ranks: RankAllocator, directory: Path, base: str
 
 
 # --- prefix and prompt ------------------------------------------------------------------------------------------
-_PROMPTS_ROOT = "base_model."
-"""What the names of head tensors begin with, where `peft` puts nothing around the model's layers."""
 
 
 def _save_prefix(model: Model, directory: Path, base: str) -> None:
@@ -112,7 +110,7 @@ def _save_prefix(model: Model, directory: Path, base: str) -> None:
         "encoder_hidden_size": heads * dim,
         "prefix_projection": False,
     }
-    _write(model, directory, base, _PROMPTS_ROOT, config, {"prompt_embeddings": rows.reshape(count, -1)})
+    _write(model, directory, base, PROMPTS_ROOT, config, {"prompt_embeddings": rows.reshape(count, -1)})
 
 
 def _save_prompt(model: Model, directory: Path, base: str) -> None:
@@ -128,4 +126,4 @@ def _save_prompt(model: Model, directory: Path, base: str) -> None:
         "num_layers": model.config.num_layers,
         "prompt_tuning_init": "RANDOM",
     }
-    _write(model, directory, base, _PROMPTS_ROOT, config, {"prompt_embeddings": prompt.weight})
+    _write(model, directory, base, PROMPTS_ROOT, config, {"prompt_embeddings": prompt.weight})

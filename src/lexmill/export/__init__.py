@@ -5,6 +5,7 @@ from lexmill.export.gguf import Gguf
 from lexmill.export.huggingface import HuggingFace
 from lexmill.export.onnx import Onnx
 from lexmill.export.parity import Parity
+from lexmill.export.peft import Peft
 from lexmill.export.run import ExportResult, export, exported
 from lexmill.export.source import Source, open_source
 
@@ -15,6 +16,7 @@ __all__ = [
     "HuggingFace",
     "Onnx",
     "Parity",
+    "Peft",
     "Source",
     "export",
     "exported",

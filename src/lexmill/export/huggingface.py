@@ -63,13 +63,18 @@ def write_plain(subject: Loaded, folder: Path) -> None:
         several = told.get("activation") == "sigmoid"
         config["problem_type"] = f"{'multi' if several else 'single'}_label_classification"
     _write_json(folder / CONFIG, config)
+    write_tokenizer(subject, folder)
+    for name, content in subject.task.files(subject.model).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, "utf-8")
+
+
+def write_tokenizer(subject: Loaded, folder: Path) -> None:
+    """`tokenizer.json` and `tokenizer_config.json`."""
     subject.tokenizer.no_truncation()
     subject.tokenizer.no_padding()
     subject.tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / TOKENIZER, _tokenizer_config(subject))
-    for name, content in subject.task.files(subject.model).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content, "utf-8")
 
 
 def _refuse_own(model: Model) -> None:

@@ -26,6 +26,7 @@ assert not any(name.startswith("lexmill.compress") for name in sys.modules)
 print(json.dumps(told))
 """
 _QUICK = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 16}
+_PRUNED = {"rows": 16, "recover": False}
 CHAINS: Sequence[Sequence[Step]] = (
     [Step("distil", {"family": "gru", "hidden_size": 16, "recovery": _QUICK})],
     [Step("factorise", {"recover": False}), Step("exits", {"max_drop": 0.5, "epochs": 2})],
@@ -37,6 +38,11 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("distil", {"layers": 1, "recovery": _QUICK}), Step("vocabulary", {"size": 50})],
     [Step("sparsity", {"pattern": "2:4", "recovery": _QUICK}), Step("int8", {"max_error": 1.0})],
     [Step("vocabulary"), Step("sparsity", {"by": "wanda", "recover": False})],
+    [Step("neurons", {**_PRUNED, "keep": 0.6}), Step("heads", {**_PRUNED, "keep": 0.7}), Step("layers", _PRUNED)],
+    [Step("heads", {**_PRUNED, "scope": "layer"}), Step("factorise", {"recover": False})],
+    [Step("neurons", {"rows": 16, "recovery": _QUICK}), Step("int8", {"max_error": 1.0})],
+    [Step("layers", _PRUNED), Step("neurons", _PRUNED), Step("weights", {"dtype": "int4", "rows": 16})],
+    [Step("vocabulary"), Step("heads", _PRUNED), Step("exits", {"layers": [1], "max_drop": 0.5, "epochs": 2})],
     [Step("factorise", {"recover": False}), Step("int8", {"scheme": "token", "max_error": 1.0})],
 )
 

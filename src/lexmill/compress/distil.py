@@ -24,6 +24,7 @@ from lexmill.compress.narrow import (
     plain_transformer,
 )
 from lexmill.compress.recover import Recovery, recover
+from lexmill.compress.units import num_weights
 from lexmill.data.augment import MARK, Edit, Editor, augment
 from lexmill.engine import Loaded
 from lexmill.engine.loaded import load
@@ -122,12 +123,12 @@ class Distil(Method):
 
     def apply(self, subject: Loaded, material: Material, options: DistilOptions) -> tuple[Loaded, dict[str, float]]:
         self.check(subject, options)
-        before, layers = _size(subject.model), subject.model.config.num_layers
+        before, layers = num_weights(subject.model), subject.model.config.num_layers
         teachers = [*material.teachers, *(load(Path(path)) for path in options.teachers)]
         changed = _changed(subject, material, options.augment)
         material = replace(material, teachers=teachers, unlabelled=[*material.unlabelled, *changed])
         student = replace(subject, model=_student(subject, options, material.seed))
-        after = _size(student.model)
+        after = num_weights(student.model)
         material.note(f"training a student of {after:,} weights on {len(teachers)} teacher(s) of {before:,}")
         effect = recover(student, material, options.recovery)
         found = {"layers_before": layers, "layers_after": student.model.config.num_layers}
@@ -203,7 +204,3 @@ def _changed(subject: Loaded, material: Material, options: Augment) -> Sequence[
     if not found:
         raise UserError("no text could be changed", where="augment.edits", hint="give further edits")
     return found
-
-
-def _size(model: Model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

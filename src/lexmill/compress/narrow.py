@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lexmill import models
+from lexmill.compress.units import axes_of, most, rows_of
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model, ModelConfig, Transformer
@@ -18,29 +19,6 @@ from lexmill.models.backbone import Block
 from lexmill.nn.addition import additions
 
 Choose = Literal["spaced", "first", "last"]
-
-_ROWS_AND_COLUMNS = {
-    "attention.query": ("heads", "hidden"),
-    "attention.key": ("heads", "hidden"),
-    "attention.value": ("heads", "hidden"),
-    "attention.output": ("hidden", "heads"),
-    "mlp.up": ("width", "hidden"),
-    "mlp.gate": ("width", "hidden"),
-    "mlp.down": ("hidden", "width"),
-    "transform": ("hidden", "hidden"),
-    "output": ("", "hidden"),
-    "projection": ("hidden", ""),
-    "token": ("", "hidden"),
-    "position": ("", "hidden"),
-    "segment": ("", "hidden"),
-    "task_type": ("", "hidden"),
-    "attention_norm": ("hidden",),
-    "attention_out_norm": ("hidden",),
-    "mlp_norm": ("hidden",),
-    "mlp_out_norm": ("hidden",),
-    "norm": ("hidden",),
-}
-"""By the end of a module's name, what the axes of its weight run over, where that may get narrower."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +42,7 @@ def plain_transformer(model: Model, where: str) -> Transformer:
     if trunk.config.num_groups is not None:
         raise UserError("layers that share their weights take no room to cut", where=where, hint="give another family")
     if found := next(additions(trunk), None):
-        raise UserError(f"the model is changed at '{found[0]}'", where=where, hint="distil before it is")
+        raise UserError(f"the model is changed at '{found[0]}'", where=where, hint="do this before it is")
     return trunk
 
 
@@ -134,24 +112,16 @@ def narrow(subject: Loaded, width: Width, *, seed: int, cut: bool) -> Model:
 
 @torch.no_grad()
 def _cut(source: Model, target: Model, old: Transformer, config: ModelConfig) -> None:
-    hidden = _most(_written(old), config.hidden_size)
+    hidden = most(_written(old), config.hidden_size)
     kept = {f"trunk.layers.{i}.": _inner(cast("Block", block), config) for i, block in enumerate(old.layers)}
     given = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
         tensor = given[name]
         axes = {"hidden": hidden, **next((own for start, own in kept.items() if name.startswith(start)), {})}
-        for axis, over in enumerate(_axes(name)):
+        for axis, over in enumerate(axes_of(name)):
             if over in axes and tensor.shape[axis] != parameter.shape[axis]:
                 tensor = tensor.index_select(axis, axes[over])
         parameter.copy_(tensor)
-
-
-def _axes(name: str) -> tuple[str, ...]:
-    """What the axes of a parameter run over."""
-    place, _, leaf = name.rpartition(".")
-    ends = (end for end in _ROWS_AND_COLUMNS if place == end or place.endswith(f".{end}"))
-    axes = _ROWS_AND_COLUMNS.get(max(ends, key=len, default=""), ())
-    return axes[:1] if leaf == "bias" else axes
 
 
 def _written(trunk: Transformer) -> Float[Tensor, "dim"]:
@@ -165,15 +135,10 @@ def _inner(block: Block, config: ModelConfig) -> dict[str, Int[Tensor, "kept"]]:
     """The rows of heads and neurons that stay in a layer."""
     attention, mlp, dim = block.attention, block.mlp, config.head_dim
     read, write = mlp.up.weight.norm(dim=1), mlp.down.weight.norm(dim=0)
-    found = {"width": _most(read * write, config.intermediate_size)}
+    found = {"width": most(read * write, config.intermediate_size)}
     if attention.value.out_features == attention.query.out_features:
         values = attention.value.weight.reshape(-1, dim, attention.value.in_features)
         outputs = attention.output.weight.t().reshape(-1, dim, attention.output.out_features)
-        heads = _most(values.flatten(1).norm(dim=1) * outputs.flatten(1).norm(dim=1), config.num_heads)
-        found["heads"] = (heads[:, None] * dim + torch.arange(dim, device=heads.device)).reshape(-1)
+        heads = most(values.flatten(1).norm(dim=1) * outputs.flatten(1).norm(dim=1), config.num_heads)
+        found["heads"] = found["kv_heads"] = rows_of(heads, dim)
     return found
-
-
-def _most(scores: Float[Tensor, "unit"], count: int) -> Int[Tensor, "kept"]:
-    """The units with the largest scores, in their order."""
-    return scores.topk(count).indices.sort().values

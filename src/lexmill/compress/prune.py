@@ -1,0 +1,202 @@
+"""Structured pruning: the neurons, heads and layers that matter least are taken out, and the matrices get smaller."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lexmill.compress.base import Material, Method, Stage, register
+from lexmill.compress.calibrate import is_dense
+from lexmill.compress.narrow import keep_layers, plain_transformer
+from lexmill.compress.prune_importance import Kind, Order, Scope, blocks_of, choose, counts_of, importance, sizes_of
+from lexmill.compress.recover import Recovery, recover
+from lexmill.compress.units import num_weights, rows_of, shrink
+from lexmill.engine import Loaded
+from lexmill.errors import UserError
+from lexmill.models import Model, Transformer
+from lexmill.models.config import LayerOverride
+
+_MATRICES = (
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+    "mlp.up",
+    "mlp.gate",
+    "mlp.down",
+)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What may be set for `layers`, and for `neurons` and `heads` too.
+
+    Args:
+        keep: the share of units that stays.
+        order: whether importance is of `first` or `second` order; see `importance`.
+        rows: training rows that it is measured on, one at a time.
+        recover: whether the model is trained on afterwards, as `recovery` says.
+    """
+
+    keep: Annotated[float, Gt(0), Lt(1)] = 0.5
+    order: Order = "first"
+    rows: Annotated[int, Ge(1)] = 512
+    recover: bool = True
+    recovery: Recovery = field(default_factory=Recovery)
+
+
+@dataclass(frozen=True)
+class UnitOptions(PruneOptions):
+    """What may be set for `neurons` and `heads`.
+
+    Args:
+        scope: whether units compete over the whole `model`, so that layers keep unequal numbers, or each `layer` keeps
+            the same share. One a layer stays in any case.
+    """
+
+    scope: Scope = "model"
+
+
+class Prune(Method):
+    """Take out the units of one kind that matter least, and train on."""
+
+    stage: ClassVar[Stage] = "prune"
+    kind: ClassVar[Kind]
+    after: ClassVar[Mapping[Stage, str]] = {
+        "factorise": "since it needs the matrices whole",
+        "exits": "since thresholds hold for the layers that they were chosen with",
+        "sparsify": "since training would fill what was set to 0",
+        "quantise": "since importance is measured, and training goes on, in full precision",
+    }
+
+    def check(self, subject: Loaded, options: PruneOptions) -> None:
+        trunk = plain_transformer(subject.model, self.name)
+        _check_whole(trunk, self.name)
+        if subject.task.couples:
+            what = f"'{subject.task.name}' compares the examples of a batch: none has a loss alone to measure by"
+            raise UserError(what, where=self.name, hint="distil it")
+        sizes = sizes_of(trunk, self.kind)
+        if sum(counts_of(sizes, options.keep, _scope(options))) >= sum(sizes):
+            hint = "give a smaller share"
+            raise UserError(f"keeps all of {sum(sizes)} {self.kind}", where=f"{self.name}.keep", hint=hint)
+
+    def apply(self, subject: Loaded, material: Material, options: PruneOptions) -> tuple[Loaded, dict[str, float]]:
+        self.check(subject, options)
+        model, trunk = subject.model, plain_transformer(subject.model, self.name)
+        before, units = num_weights(model), sum(sizes_of(trunk, self.kind))
+        rows = material.sample(options.rows)
+        scores = importance(subject, rows, self.kind, options.order, material.progress)
+        kept = choose(self.raised(trunk, scores), options.keep, _scope(options))
+        self.remove(model, kept)
+        left, after = sum(sizes_of(trunk, self.kind)), num_weights(model)
+        material.note(f"{left:,} of {units:,} {self.kind} stay: {', '.join(str(len(one)) for one in kept)}")
+        total = sum(float(one.sum()) for one in scores)
+        stays = sum(float(one[those].sum()) for one, those in zip(scores, kept, strict=True))
+        found = {
+            f"{self.kind}_before": units,
+            f"{self.kind}_after": left,
+            f"{self.kind}_removed": units - left,
+            "weights_before": before,
+            "weights_after": after,
+            "importance_rows": len(rows),
+            "importance_kept": stays / total if total else 1.0,
+        }
+        effect = recover(subject, material, options.recovery) if options.recover else {}
+        return subject, {name: float(value) for name, value in found.items()} | effect
+
+    def raised(self, trunk: Transformer, scores: Sequence[Float[Tensor, "unit"]]) -> Sequence[Float[Tensor, "unit"]]:
+        """The scores, those of units that cannot go raised."""
+        return scores
+
+    @abstractmethod
+    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
+        """Leave these units alone in the model, in place."""
+
+
+@register
+class Neurons(Prune):
+    """Take neurons out of feed-forward layers; of gated ones their gates too."""
+
+    name: ClassVar[str] = "neurons"
+    kind: ClassVar[Kind] = "neurons"
+    Options: ClassVar[type] = UnitOptions
+
+    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
+        trunk = plain_transformer(model, self.name)
+        for block, units in zip(blocks_of(trunk), kept, strict=True):
+            shrink(block, {"width": units})
+        widths = [len(units) for units in kept]
+        if len(set(widths)) == 1:
+            # Said once for all layers, other programs read it too.
+            layers = tuple(replace(own, intermediate_size=None) for own in trunk.config.layers)
+            trunk.config = replace(trunk.config, intermediate_size=widths[0], layers=layers)
+        else:
+            owns = zip(_overrides(trunk), widths, strict=True)
+            trunk.config = replace(trunk.config, layers=tuple(replace(own, intermediate_size=w) for own, w in owns))
+
+
+@register
+class Heads(Prune):
+    """Take attention heads out; those that share their keys go together."""
+
+    name: ClassVar[str] = "heads"
+    kind: ClassVar[Kind] = "heads"
+    Options: ClassVar[type] = UnitOptions
+
+    def check(self, subject: Loaded, options: PruneOptions) -> None:
+        super().check(subject, options)
+        if plain_transformer(subject.model, self.name).config.positions == "relative":
+            hint = "prune neurons or layers"
+            raise UserError("all layers share the biases of their heads", where=self.name, hint=hint)
+
+    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
+        trunk = plain_transformer(model, self.name)
+        layers: list[LayerOverride] = []
+        for index, (block, own, units) in enumerate(zip(blocks_of(trunk), _overrides(trunk), kept, strict=True)):
+            shape, dim = trunk.config.layer(index), block.attention.head_dim
+            shared = shape.num_heads // shape.num_kv_heads
+            shrink(block, {"heads": rows_of(units, shared * dim), "kv_heads": rows_of(units, dim)})
+            layers.append(replace(own, num_heads=len(units) * shared, num_kv_heads=len(units)))
+        trunk.config = replace(trunk.config, layers=tuple(layers))
+
+
+@register
+class Layers(Prune):
+    """Take whole layers out."""
+
+    name: ClassVar[str] = "layers"
+    kind: ClassVar[Kind] = "layers"
+    Options: ClassVar[type] = PruneOptions
+
+    def raised(self, trunk: Transformer, scores: Sequence[Float[Tensor, "unit"]]) -> Sequence[Float[Tensor, "unit"]]:
+        if trunk.config.first_norm:
+            return scores
+        # No other layer can be the first where that one has no norm of its own.
+        return [one.index_fill(0, torch.tensor([0], device=one.device), torch.inf) for one in scores]
+
+    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
+        keep_layers(model, kept[0].tolist())
+
+
+def _scope(options: PruneOptions) -> Scope:
+    return options.scope if isinstance(options, UnitOptions) else "layer"
+
+
+def _overrides(trunk: Transformer) -> Sequence[LayerOverride]:
+    return trunk.config.layers or (LayerOverride(),) * trunk.config.num_layers
+
+
+def _check_whole(trunk: Transformer, where: str) -> None:
+    for index, block in enumerate(blocks_of(trunk)):
+        layers = dict(block.named_modules())
+        for place in _MATRICES:
+            if layers.get(place) is not None and not is_dense(layers[place]):
+                hint = "merge what was put beside it, or prune before it is quantised"
+                raise UserError(f"'layers.{index}.{place}' is not a whole matrix", where=where, hint=hint)

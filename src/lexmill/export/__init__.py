@@ -8,6 +8,7 @@ from lexmill.export.parity import Parity
 from lexmill.export.peft import Peft
 from lexmill.export.run import ExportResult, export, exported
 from lexmill.export.source import Source, open_source
+from lexmill.export.torch_export import TorchExport
 
 __all__ = [
     "ExportResult",
@@ -18,6 +19,7 @@ __all__ = [
     "Parity",
     "Peft",
     "Source",
+    "TorchExport",
     "export",
     "exported",
     "find",

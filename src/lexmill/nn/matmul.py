@@ -102,10 +102,12 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 def _precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """That of oneDNN's product of these, or None where torch's own shall be taken."""
+    if torch.compiler.is_compiling():  # before a length is asked for, which a graph leaves open
+        return None
     if x.device.type != "cpu" or x.dim() != 2 or len(x) == 0 or weight.dtype != torch.float32:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if x.dtype not in (torch.float32, dtype) or not _multiplies(dtype) or torch.compiler.is_compiling():
+    if x.dtype not in (torch.float32, dtype) or not _multiplies(dtype):
         return None
     return dtype
 

@@ -80,6 +80,8 @@ class Rotary:
 
     def __call__(self, positions: Int[Tensor, "*rows"], length: int, dtype: torch.dtype) -> Rope:
         """The rotation of rows at these positions, all of which are below `length`."""
+        if torch.compiler.is_exporting():  # a graph keeps no table that could grow
+            return self._turns(positions, dtype)
         key = (positions.device, dtype)
         table = self._tables.get(key)
         if table is None or len(table.cos) < length:
@@ -89,11 +91,14 @@ class Rotary:
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Rope:
         # Not inference tensors, even when first asked for under inference mode: a later backward pass may use them.
         with torch.inference_mode(False), torch.no_grad():
-            angles = torch.outer(
-                torch.arange(length, dtype=torch.float32), frequencies(self.dim, self.theta, self.scaling)
-            )
-            angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat([angles, angles], -1)
-            return Rope(angles.cos().to(device, dtype), angles.sin().to(device, dtype), self.interleaved)
+            found = self._turns(torch.arange(length), dtype)
+            return found.of(lambda rows: rows.to(device))
+
+    def _turns(self, positions: Int[Tensor, "*rows"], dtype: torch.dtype) -> Rope:
+        """The rotations at these positions."""
+        angles = positions.unsqueeze(-1).float() * frequencies(self.dim, self.theta, self.scaling)
+        angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat([angles, angles], -1)
+        return Rope(angles.cos().to(dtype), angles.sin().to(dtype), self.interleaved)
 
 
 def rotate(x: Float[Tensor, "*rows head dim"], rope: Rope) -> Float[Tensor, "*rows head dim"]:

@@ -41,6 +41,8 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("neurons", {**_PRUNED, "keep": 0.6}), Step("heads", {**_PRUNED, "keep": 0.7}), Step("layers", _PRUNED)],
     [Step("heads", {**_PRUNED, "scope": "layer"}), Step("factorise", {"recover": False})],
     [Step("neurons", {"rows": 16, "recovery": _QUICK}), Step("int8", {"max_error": 1.0})],
+    [Step("width", _PRUNED), Step("heads", _PRUNED), Step("int8", {"max_error": 1.0})],
+    [Step("neurons", _PRUNED), Step("width", {**_PRUNED, "keep": 0.7})],
     [Step("layers", _PRUNED), Step("neurons", _PRUNED), Step("weights", {"dtype": "int4", "rows": 16})],
     [Step("vocabulary"), Step("heads", _PRUNED), Step("exits", {"layers": [1], "max_drop": 0.5, "epochs": 2})],
     [Step("factorise", {"recover": False}), Step("int8", {"scheme": "token", "max_error": 1.0})],

@@ -1,8 +1,9 @@
-"""Neurons, heads and layers that are really taken out."""
+"""Neurons, heads, layers and hidden width that are really taken out."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lexmill.engine import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model, ModelConfig, Transformer
 from lexmill.nn import Packed
+from lexmill.nn.norm import LayerNorm, RMSNorm
 
 DEEP = ModelConfig(
     vocab_size=60,
@@ -58,6 +60,7 @@ KEPT: dict[Kind, list[list[int]]] = {
     "neurons": [[0, 3, 9], [1, 2, 5, 23], [7]],
     "heads": [[0, 1], [1], [0]],
     "layers": [[0, 2]],
+    "width": [[*range(3, 12), *range(20, 27)]],
 }
 
 
@@ -72,10 +75,24 @@ def states(model: Model) -> Tensor:
         return model.trunk(ids, torch.cat([torch.arange(n) for n in (7, 4, 8)]), layout)
 
 
+def normed_alone(units: Tensor, module: Any, given: tuple[Tensor], result: Tensor) -> Tensor:
+    """As if the state had these units alone; 0 for the others."""
+    x = given[0][..., units]
+    bias = getattr(module, "bias", None)
+    x = x - x.mean(-1, keepdim=True) if isinstance(module, LayerNorm) else x
+    x = x / (x.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight[units]
+    return torch.zeros_like(result).index_copy(-1, units, x if bias is None else x + bias[units])
+
+
 @torch.no_grad()
 def silence(model: Model, kind: Kind, kept: list[list[int]]) -> None:
     """What pruning must equal: all matrices as they were, what the units write set to 0, layers passed by."""
     blocks = blocks_of(trunk_of(model))
+    if kind == "width":
+        for module in trunk_of(model).modules():
+            if isinstance(module, (LayerNorm, RMSNorm)) and len(module.weight) == DEEP.hidden_size:
+                module.register_forward_hook(partial(normed_alone, torch.tensor(kept[0])))
+        return
     if kind == "layers":
         for index in set(range(len(blocks))) - set(kept[0]):
             blocks[index].register_forward_hook(lambda module, given, result: given[0])
@@ -89,11 +106,10 @@ def silence(model: Model, kind: Kind, kept: list[list[int]]) -> None:
 def pruned(model: Model, kind: Kind, kept: list[list[int]]) -> Model:
     method = find(kind)
     assert isinstance(method, Prune)
-    method.remove(model, [torch.tensor(units) for units in kept])
-    return model
+    return method.remove(replace(small_classifier(), model=model), [torch.tensor(units) for units in kept]).model
 
 
-@pytest.mark.parametrize("kind", ["neurons", "heads", "layers"])
+@pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pruned_model_is_the_whole_one_with_its_units_silent(family: str, kind: Kind, tmp_path: Path) -> None:
     whole, cut = (models.init(FAMILIES[family], family, 0).eval() for _ in range(2))
@@ -101,7 +117,10 @@ def test_a_pruned_model_is_the_whole_one_with_its_units_silent(family: str, kind
     silence(whole, kind, KEPT[kind])
     wanted = states(whole)
     assert not torch.allclose(wanted, before, atol=1e-2)
-    pruned(cut, kind, KEPT[kind])
+    small_classifier().task.attach(cut)
+    cut = pruned(cut, kind, KEPT[kind])
+    if kind == "width":
+        wanted = wanted[:, KEPT[kind][0]]
     torch.testing.assert_close(states(cut), wanted, rtol=1e-5, atol=1e-5)
     models.save(cut, tmp_path)
     again = models.load(tmp_path)
@@ -124,7 +143,7 @@ def test_equal_widths_are_read_by_transformers_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
-@pytest.mark.parametrize("kind", ["neurons", "heads", "layers"])
+@pytest.mark.parametrize("kind", KEPT)
 def test_units_that_do_nothing_are_the_ones_taken_out(kind: Kind, order: Order) -> None:
     one, material = small_classifier(), material_of(small_classifier(), train=24)
     blocks = blocks_of(trunk_of(one.model))
@@ -137,6 +156,12 @@ def test_units_that_do_nothing_are_the_ones_taken_out(kind: Kind, order: Order) 
             useless = [[2], [0, 3]]
             for block, units in zip(blocks, useless, strict=True):
                 block.attention.output.weight.reshape(32, 4, 8)[:, units] = 0.0
+        elif kind == "width":
+            useless = [[1, 2, 3, 5, 8, 13, 21, 31]]
+            norms = [part for block in blocks for part in (block.attention_norm, block.mlp_norm)]
+            for module in (trunk_of(one.model).embeddings.norm, *norms):
+                cast("LayerNorm", module).weight[useless[0]] = 0.0
+                cast("Any", module).bias[useless[0]] = 0.0
         else:
             useless = [[1]]
             for matrix in (blocks[1].attention.output, blocks[1].mlp.down):
@@ -147,7 +172,7 @@ def test_units_that_do_nothing_are_the_ones_taken_out(kind: Kind, order: Order) 
     for score, units in zip(scores, useless, strict=True):
         assert (score[units] < 1e-6 * score.max()).all()
     keep = 1 - sum(map(len, useless)) / sum(sizes)
-    kept = [units.tolist() for units in choose(scores, keep, "model")]
+    kept = [units.tolist() for units in choose(scores, keep, "layer" if kind == "width" else "model")]
     assert kept == [[i for i in range(n) if i not in gone] for n, gone in zip(sizes, useless, strict=True)]
 
 
@@ -174,12 +199,14 @@ def test_units_compete_over_the_model_or_within_their_layer() -> None:
     assert [one.tolist() for one in choose(scores, 0.5, "layer")] == [[2, 3], [2, 3]]
     assert [one.tolist() for one in choose(scores, 0.5, "model")] == [[2], [0, 2, 3]]
     assert [one.tolist() for one in choose(scores, 0.01, "model")] == [[2], [2]]
+    assert [one.tolist() for one in choose(scores, 0.3, "layer", 2)] == [[2, 3], [2, 3]]
 
 
-@pytest.mark.parametrize("name", ["neurons", "heads", "layers"])
+@pytest.mark.parametrize("name", KEPT)
 def test_recovery_brings_a_pruned_model_back_and_it_is_read_as_it_was(name: str, tmp_path: Path) -> None:
     recovery = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 16, "task_weight": 0.0}
-    method, options = Step(name, {"rows": 24, "recovery": recovery}).read("steps[0]")
+    keep = {"neurons": 0.25, "heads": 0.25, "layers": 0.5, "width": 0.5}[name]
+    method, options = Step(name, {"keep": keep, "rows": 24, "recovery": recovery}).read("steps[0]")
     teacher = small_classifier()
     found, effect = method.apply(small_classifier(), material_of(teacher), options)
     assert effect[f"{name}_removed"] == effect[f"{name}_before"] - effect[f"{name}_after"] > 0
@@ -195,7 +222,7 @@ def llama_generator() -> Loaded:
     return Loaded(generator(model), model.eval(), tokenizer())
 
 
-@pytest.mark.parametrize("name", ["neurons", "heads"])
+@pytest.mark.parametrize("name", ["neurons", "heads", "width"])
 def test_a_decoder_with_shared_keys_decodes_over_its_cache_as_without(name: str) -> None:
     subject, data = llama_generator(), rows(8)
     shape = trunk_of(subject.model).config

@@ -4,7 +4,7 @@ from lexmill.compress.base import Material, Method, Step, batches, check_order, 
 from lexmill.compress.distil import Distil
 from lexmill.compress.exits import EarlyExits
 from lexmill.compress.factorise import Factorise
-from lexmill.compress.prune import Heads, Layers, Neurons
+from lexmill.compress.prune import Heads, HiddenWidth, Layers, Neurons
 from lexmill.compress.quantise import Int8
 from lexmill.compress.rows import Files
 from lexmill.compress.run import CompressConfig, CompressResult, compress
@@ -20,6 +20,7 @@ __all__ = [
     "Factorise",
     "Files",
     "Heads",
+    "HiddenWidth",
     "Int8",
     "Layers",
     "Material",

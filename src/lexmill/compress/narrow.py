@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, cast
 
@@ -16,6 +16,7 @@ from lexmill.engine import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model, ModelConfig, Transformer
 from lexmill.models.backbone import Block
+from lexmill.models.config import LayerOverride
 from lexmill.nn.addition import additions
 
 Choose = Literal["spaced", "first", "last"]
@@ -70,6 +71,11 @@ def keep_layers(model: Model, kept: Sequence[int]) -> None:
     trunk.config = replace(config, num_layers=len(kept), layers=overrides)
 
 
+def overrides_of(config: ModelConfig) -> Sequence[LayerOverride]:
+    """One a layer, also where the config has none."""
+    return config.layers or (LayerOverride(),) * config.num_layers
+
+
 def narrowed(config: ModelConfig, width: Width) -> ModelConfig:
     """The structure with these sizes. Heads keep theirs: where only the hidden size is given, and heads fill it, their
     number goes with it. A `UserError` where a size is not the teacher's or smaller, or sizes do not fit."""
@@ -101,19 +107,53 @@ def narrow(subject: Loaded, width: Width, *, seed: int, cut: bool) -> Model:
     """
     old = plain_transformer(subject.model, "hidden_size")
     config = narrowed(old.config, width)
-    model = models.init(config, subject.model.family, seed)
-    model.origin.config = dict(subject.model.origin.config)
-    torch.manual_seed(seed)
-    subject.task.attach(model)
+    model = _empty(subject, config, seed)
     if cut:
-        _cut(subject.model, model, old, config)
+        hidden = most(_written(old), config.hidden_size)
+        _cut(subject.model, model, hidden, [_inner(cast("Block", block), config) for block in old.layers])
     return model.eval()
 
 
+def slimmed(config: ModelConfig, size: int) -> ModelConfig:
+    """The structure with hidden states of this size. The layers keep their heads, as overrides of their own where heads
+    fill the hidden state, since configs of families where they must cannot say otherwise."""
+    if config.num_heads * config.head_dim != config.hidden_size:
+        return replace(config, hidden_size=size)
+    heads = size // config.head_dim
+    shapes = (config.layer(index) for index in range(config.num_layers))
+    layers = tuple(
+        replace(own, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads)
+        for own, shape in zip(overrides_of(config), shapes, strict=True)
+    )
+    kv_heads = heads if config.num_kv_heads == config.num_heads else config.num_kv_heads
+    return replace(config, hidden_size=size, num_heads=heads, num_kv_heads=kv_heads, layers=layers)
+
+
+def slim(subject: Loaded, hidden: Int[Tensor, "kept"]) -> Model:
+    """The subject's model with these units of the hidden state alone, in a new model; see `slimmed`."""
+    old = plain_transformer(subject.model, "hidden_size")
+    model = _empty(subject, slimmed(old.config, len(hidden)), 0)
+    _cut(subject.model, model, hidden, [{}] * len(old.layers))
+    return model.eval()
+
+
+def _empty(subject: Loaded, config: ModelConfig, seed: int) -> Model:
+    """A model of the subject's kind and heads with new weights."""
+    source = subject.model
+    model = models.init(config, source.family, seed).to(source.device, source.dtype)
+    model.origin.config = dict(source.origin.config)
+    torch.manual_seed(seed)
+    subject.task.attach(model)
+    return model
+
+
 @torch.no_grad()
-def _cut(source: Model, target: Model, old: Transformer, config: ModelConfig) -> None:
-    hidden = most(_written(old), config.hidden_size)
-    kept = {f"trunk.layers.{i}.": _inner(cast("Block", block), config) for i, block in enumerate(old.layers)}
+def _cut(
+    source: Model, target: Model, hidden: Int[Tensor, "kept"], inner: Sequence[Mapping[str, Int[Tensor, "kept"]]]
+) -> None:
+    """Fill the target with the source's weights: those of these units of the hidden state and, by layer, of what is
+    inside."""
+    kept = {f"trunk.layers.{index}.": own for index, own in enumerate(inner)}
     given = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
         tensor = given[name]

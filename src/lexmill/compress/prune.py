@@ -1,4 +1,5 @@
-"""Structured pruning: the neurons, heads and layers that matter least are taken out, and the matrices get smaller."""
+"""Structured pruning: the neurons, heads, layers and units of hidden states that matter least are taken out, and the
+matrices get smaller."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from lexmill.compress.base import Material, Method, Stage, register
 from lexmill.compress.calibrate import is_dense
-from lexmill.compress.narrow import keep_layers, plain_transformer
+from lexmill.compress.narrow import keep_layers, overrides_of, plain_transformer, slim, slimmed
 from lexmill.compress.prune_importance import Kind, Order, Scope, blocks_of, choose, counts_of, importance, sizes_of
 from lexmill.compress.recover import Recovery, recover
 from lexmill.compress.units import num_weights, rows_of, shrink
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
-from lexmill.models import Model, Transformer
+from lexmill.models import Transformer
 from lexmill.models.config import LayerOverride
 
 _MATRICES = (
@@ -36,7 +37,7 @@ _MATRICES = (
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What may be set for `layers`, and for `neurons` and `heads` too.
+    """What may be set for `layers` and `width`, and for `neurons` and `heads` too.
 
     Args:
         keep: the share of units that stays.
@@ -83,19 +84,20 @@ class Prune(Method):
             what = f"'{subject.task.name}' compares the examples of a batch: none has a loss alone to measure by"
             raise UserError(what, where=self.name, hint="distil it")
         sizes = sizes_of(trunk, self.kind)
-        if sum(counts_of(sizes, options.keep, _scope(options))) >= sum(sizes):
+        counts = counts_of(sizes, options.keep, _scope(options), self.step(trunk))
+        if sum(counts) >= sum(sizes):
             hint = "give a smaller share"
             raise UserError(f"keeps all of {sum(sizes)} {self.kind}", where=f"{self.name}.keep", hint=hint)
 
     def apply(self, subject: Loaded, material: Material, options: PruneOptions) -> tuple[Loaded, dict[str, float]]:
         self.check(subject, options)
-        model, trunk = subject.model, plain_transformer(subject.model, self.name)
-        before, units = num_weights(model), sum(sizes_of(trunk, self.kind))
+        trunk = plain_transformer(subject.model, self.name)
+        before, units = num_weights(subject.model), sum(sizes_of(trunk, self.kind))
         rows = material.sample(options.rows)
         scores = importance(subject, rows, self.kind, options.order, material.progress)
-        kept = choose(self.raised(trunk, scores), options.keep, _scope(options))
-        self.remove(model, kept)
-        left, after = sum(sizes_of(trunk, self.kind)), num_weights(model)
+        kept = choose(self.raised(trunk, scores), options.keep, _scope(options), self.step(trunk))
+        subject = self.remove(subject, kept)
+        left, after = sum(sizes_of(plain_transformer(subject.model, self.name), self.kind)), num_weights(subject.model)
         material.note(f"{left:,} of {units:,} {self.kind} stay: {', '.join(str(len(one)) for one in kept)}")
         total = sum(float(one.sum()) for one in scores)
         stays = sum(float(one[those].sum()) for one, those in zip(scores, kept, strict=True))
@@ -115,9 +117,13 @@ class Prune(Method):
         """The scores, those of units that cannot go raised."""
         return scores
 
+    def step(self, trunk: Transformer) -> int:
+        """What the number of units that stay is a multiple of."""
+        return 1
+
     @abstractmethod
-    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
-        """Leave these units alone in the model, in place."""
+    def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:
+        """Leave these units alone, in the model as it stands or a new one."""
 
 
 @register
@@ -128,8 +134,8 @@ class Neurons(Prune):
     kind: ClassVar[Kind] = "neurons"
     Options: ClassVar[type] = UnitOptions
 
-    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
-        trunk = plain_transformer(model, self.name)
+    def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:
+        trunk = plain_transformer(subject.model, self.name)
         for block, units in zip(blocks_of(trunk), kept, strict=True):
             shrink(block, {"width": units})
         widths = [len(units) for units in kept]
@@ -138,8 +144,9 @@ class Neurons(Prune):
             layers = tuple(replace(own, intermediate_size=None) for own in trunk.config.layers)
             trunk.config = replace(trunk.config, intermediate_size=widths[0], layers=layers)
         else:
-            owns = zip(_overrides(trunk), widths, strict=True)
+            owns = zip(overrides_of(trunk.config), widths, strict=True)
             trunk.config = replace(trunk.config, layers=tuple(replace(own, intermediate_size=w) for own, w in owns))
+        return subject
 
 
 @register
@@ -156,15 +163,17 @@ class Heads(Prune):
             hint = "prune neurons or layers"
             raise UserError("all layers share the biases of their heads", where=self.name, hint=hint)
 
-    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
-        trunk = plain_transformer(model, self.name)
+    def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:
+        trunk = plain_transformer(subject.model, self.name)
         layers: list[LayerOverride] = []
-        for index, (block, own, units) in enumerate(zip(blocks_of(trunk), _overrides(trunk), kept, strict=True)):
+        owns = overrides_of(trunk.config)
+        for index, (block, own, units) in enumerate(zip(blocks_of(trunk), owns, kept, strict=True)):
             shape, dim = trunk.config.layer(index), block.attention.head_dim
             shared = shape.num_heads // shape.num_kv_heads
             shrink(block, {"heads": rows_of(units, shared * dim), "kv_heads": rows_of(units, dim)})
             layers.append(replace(own, num_heads=len(units) * shared, num_kv_heads=len(units)))
         trunk.config = replace(trunk.config, layers=tuple(layers))
+        return subject
 
 
 @register
@@ -181,16 +190,34 @@ class Layers(Prune):
         # No other layer can be the first where that one has no norm of its own.
         return [one.index_fill(0, torch.tensor([0], device=one.device), torch.inf) for one in scores]
 
-    def remove(self, model: Model, kept: Sequence[Int[Tensor, "kept"]]) -> None:
-        keep_layers(model, kept[0].tolist())
+    def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:
+        keep_layers(subject.model, kept[0].tolist())
+        return subject
+
+
+@register
+class HiddenWidth(Prune):
+    """Take units of the hidden state out, everywhere; their number is a multiple of a head's size."""
+
+    name: ClassVar[str] = "width"
+    kind: ClassVar[Kind] = "width"
+    Options: ClassVar[type] = PruneOptions
+
+    def check(self, subject: Loaded, options: PruneOptions) -> None:
+        super().check(subject, options)
+        trunk = plain_transformer(subject.model, self.name)
+        [count] = counts_of(sizes_of(trunk, self.kind), options.keep, "layer", self.step(trunk))
+        slimmed(trunk.config, count)
+
+    def step(self, trunk: Transformer) -> int:
+        return trunk.config.head_dim
+
+    def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:
+        return replace(subject, model=slim(subject, kept[0]))
 
 
 def _scope(options: PruneOptions) -> Scope:
     return options.scope if isinstance(options, UnitOptions) else "layer"
-
-
-def _overrides(trunk: Transformer) -> Sequence[LayerOverride]:
-    return trunk.config.layers or (LayerOverride(),) * trunk.config.num_layers
 
 
 def _check_whole(trunk: Transformer, where: str) -> None:

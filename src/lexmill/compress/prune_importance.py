@@ -22,7 +22,7 @@ from lexmill.tasks import Record
 
 Order = Literal["first", "second"]
 Scope = Literal["model", "layer"]
-Kind = Literal["neurons", "heads", "layers"]
+Kind = Literal["neurons", "heads", "layers", "width"]
 
 
 def blocks_of(trunk: Transformer) -> list[Block]:
@@ -30,10 +30,12 @@ def blocks_of(trunk: Transformer) -> list[Block]:
 
 
 def sizes_of(trunk: Transformer, kind: Kind) -> list[int]:
-    """How many units there are: in each layer, or, where the units are layers, in all. Heads that share their keys
-    are one unit."""
+    """How many units there are: in each layer, or, where the units are layers or the hidden state's, in all. Heads that
+    share their keys are one unit."""
     if kind == "layers":
         return [len(trunk.layers)]
+    if kind == "width":
+        return [trunk.config.hidden_size]
     if kind == "neurons":
         return [block.mlp.down.in_features for block in blocks_of(trunk)]
     return [block.attention.key.out_features // block.attention.head_dim for block in blocks_of(trunk)]
@@ -83,7 +85,9 @@ def _gated(trunk: Transformer, kind: Kind) -> Generator[list[Float[Tensor, "unit
         torch.ones(size, dtype=like.dtype, device=like.device, requires_grad=True) for size in sizes_of(trunk, kind)
     ]
     handles: list[Any] = []
-    for index, block in enumerate(blocks_of(trunk)):
+    if kind == "width":
+        handles += [one.register_forward_hook(partial(_after_state, gates[0])) for one in _states(trunk)]
+    for index, block in enumerate(blocks_of(trunk) if kind != "width" else ()):
         if kind == "layers":
             turn = partial(_around_layer, gates[0], index)
             handles.append(block.register_forward_hook(turn, with_kwargs=True))
@@ -95,6 +99,18 @@ def _gated(trunk: Transformer, kind: Kind) -> Generator[list[Float[Tensor, "unit
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _states(trunk: Transformer) -> list[nn.Module]:
+    """What gives hidden states in the form in which layers and heads read them."""
+    read = [part for block in blocks_of(trunk) for part in (block.attention_norm, block.mlp_norm)]
+    if trunk.config.norm_place == "post":
+        return [trunk.embeddings, *read, *([trunk.norm] if trunk.config.final_norm else [])]
+    return [*read, trunk.norm]
+
+
+def _after_state(gate: Tensor, module: nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
+    return result * gate
 
 
 def _before_matrix(gate: Tensor, module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
@@ -109,18 +125,20 @@ def _around_layer(
     return before + gate[index] * (result - before)
 
 
-def counts_of(sizes: Sequence[int], keep: float, scope: Scope) -> list[int]:
-    """How many units stay at this share: of each layer, or, over the whole `model`, of all together; one a layer at
-    least."""
+def counts_of(sizes: Sequence[int], keep: float, scope: Scope, step: int = 1) -> list[int]:
+    """How many units stay at this share: of each layer, in multiples of `step`, or, over the whole `model`, of all
+    together; one a layer, or one `step`, at least."""
     if scope == "layer":
-        return [max(1, round(keep * size)) for size in sizes]
+        return [step * max(1, round(keep * size / step)) for size in sizes]
     return [max(len(sizes), round(keep * sum(sizes)))]
 
 
-def choose(scores: Sequence[Float[Tensor, "unit"]], keep: float, scope: Scope) -> list[Int[Tensor, "kept"]]:
+def choose(
+    scores: Sequence[Float[Tensor, "unit"]], keep: float, scope: Scope, step: int = 1
+) -> list[Int[Tensor, "kept"]]:
     """By layer the units that stay, the most important ones, in their order."""
     sizes = [len(one) for one in scores]
-    counts = counts_of(sizes, keep, scope)
+    counts = counts_of(sizes, keep, scope, step)
     if scope == "layer":
         return [most(one, count) for one, count in zip(scores, counts, strict=True)]
     raised = [one.index_fill(0, one.argmax(), torch.inf) for one in scores]

@@ -20,8 +20,8 @@ from lexmill.models import greedy, load
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-LARGEST_GAP: dict[Kind, float] = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 254 + 2**-11, "Q4_0": 1 / 7}
-"""Of a number, against the largest of its row: half a step of each kind, and what a block's rounded scale adds."""
+LARGEST_GAP: dict[Kind, float] = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8}
+"""Of a number, against the largest of its row: half a step of each kind."""
 
 
 def saved(folder: Path, kind: str = "Llama", **changes: Any) -> Path:
@@ -55,7 +55,7 @@ def test_a_written_file_is_read_back_to_the_same_tensors_and_words(tmp_path: Pat
     assert first == second
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
 def test_rounded_numbers_are_within_a_step_and_are_what_the_package_reads(tmp_path: Path, kind: Kind) -> None:
     source = saved(tmp_path / "source")
     export_gguf(source, tmp_path / "a.gguf", kind)
@@ -70,13 +70,6 @@ def test_rounded_numbers_are_within_a_step_and_are_what_the_package_reads(tmp_pa
     [table] = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
     read = gguf.quants.dequantize(table.data, table.tensor_type)
     np.testing.assert_array_equal(read, got["model.embed_tokens.weight"].numpy())
-
-
-def test_rows_that_no_block_divides_are_kept_in_16_bits(tmp_path: Path) -> None:
-    source = saved(tmp_path / "source", intermediate_size=80)
-    export_gguf(source, tmp_path / "a.gguf", "Q8_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
 
 
 @pytest.mark.parametrize(

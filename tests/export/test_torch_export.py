@@ -113,3 +113,10 @@ def test_what_is_no_graph_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=told):
             form.write(subject, tmp_path, form.Options())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["litert", "executorch"])
+def test_formats_that_are_not_there_say_why(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be written: its converter") as fault:
+        find(name)
+    assert "export it as torch" in str(fault.value)

@@ -52,6 +52,11 @@ class Format(ABC):
 
 
 _FORMATS: dict[str, Format] = {}
+_ABSENT = {
+    "litert": "its converter, litert-torch, is there for Python 3.11 but has not been tried on these models",
+    "executorch": "its converter, executorch, is there for Python 3.11 but has not been tried on these models",
+}
+"""Formats that one may look for, and why there is nothing that writes them."""
 F = TypeVar("F", bound=Format)
 
 
@@ -68,6 +73,9 @@ def known() -> list[str]:
 
 def find(name: str) -> Format:
     """The format of this name, or a `UserError` that lists the known ones."""
+    if name in _ABSENT:
+        hint = "export it as torch, the kind of package that this converter begins from"
+        raise UserError(f"the format '{name}' cannot be written: {_ABSENT[name]}", where="--format", hint=hint)
     if name not in _FORMATS:
         raise UserError(f"unknown format '{name}'", where="--format", hint=f"known formats: {', '.join(known())}")
     return _FORMATS[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from lexmill.artifact.gguf import architectures, tokenizer
 from lexmill.artifact.safetensors_file import TensorEntry, read_header
 from lexmill.errors import MissingExtra, UserError
 
-Kind = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+Kind = Literal["F32", "F16", "BF16"]
 """How matrices are stored; vectors are always F32."""
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -23,7 +23,7 @@ def export_gguf(directory: Path, file: Path, kind: Kind = "F32") -> None:
     """Write a Hugging Face directory as one GGUF file, which must not exist yet.
 
     Args:
-        kind: of the numbers of matrices. One whose rows are no multiple of 32 long is F16 where this has blocks.
+        kind: of the numbers of matrices.
 
     Raises:
         UserError: the architecture, a setting, a tensor or the tokenizer has no name in GGUF.
@@ -33,8 +33,6 @@ def export_gguf(directory: Path, file: Path, kind: Kind = "F32") -> None:
         import gguf
     except ModuleNotFoundError as error:
         raise MissingExtra("gguf", "writing a GGUF file") from error
-    if kind not in get_args(Kind):
-        raise UserError(f"unknown kind of numbers '{kind}'", where="kind", hint=f"known: {', '.join(get_args(Kind))}")
     config = json.loads((directory / "config.json").read_text("utf-8"))
     name, architecture = architectures.named(config, directory / "config.json")
     stored = directory / "model.safetensors"
@@ -44,24 +42,16 @@ def export_gguf(directory: Path, file: Path, kind: Kind = "F32") -> None:
     settings |= tokenizer.settings(directory, entries["model.embed_tokens.weight"].shape[0])
     writer = gguf.GGUFWriter(file, name)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
-    if kind in ("Q8_0", "Q4_0"):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in settings.items():
         _add(writer, key, value)
     for theirs, ours in placed.items():
         values = architecture.arranged(ours, _read(stored, entries[theirs]), config)
-        chosen = gguf.GGMLQuantizationType[_kind(kind, entries[theirs].shape)]
+        chosen = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
         writer.add_tensor(ours, gguf.quants.quantize(values, chosen), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _kind(wanted: Kind, shape: tuple[int, ...]) -> Kind:
-    if len(shape) < 2:
-        return "F32"
-    return "F16" if wanted in ("Q8_0", "Q4_0") and shape[-1] % 32 else wanted
 
 
 def _read(path: Path, entry: TensorEntry) -> Float[np.ndarray, "*shape"]:

@@ -197,7 +197,7 @@ class Int8Linear(nn.Module, Addition, Joint):
         weight = dense.weight.float() if divisor is None else dense.weight.float() * divisor
         layer.scales = (weight.abs().amax(1) / _MOST).clamp_min(torch.finfo(torch.float32).tiny * LEVELS)
         layer.codes = (weight / layer.scales[:, None]).round().to(torch.int8)
-        layer.divisor = divisor
+        layer.divisor = None if divisor is None else divisor.clone()  # layers that share it are stored each alone
         if layer.bias is not None:
             layer.bias = nn.Parameter(dense.bias.detach().float(), requires_grad=False)
         return layer.train(dense.training)

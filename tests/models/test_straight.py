@@ -69,6 +69,21 @@ def test_a_weight_that_changes_is_seen_and_a_copy_goes_its_own_way() -> None:
     assert torch.allclose(asked(twin, "first"), first, atol=1e-6)
 
 
+def test_a_module_that_takes_the_place_of_another_is_seen() -> None:
+    trunk = cast("Transformer", small_classifier().model.eval().trunk)
+    trunk.straighten()
+    first = asked(trunk, "first")
+    other = cast("Transformer", small_classifier(seed=1).model.eval().trunk)
+    trunk.layers[0].get_submodule("mlp").up = other.layers[0].get_submodule("mlp.up")
+    swapped = asked(trunk, "first")
+    assert not torch.allclose(swapped, first)
+    del trunk.layers[1]
+    fewer = asked(trunk, "first")
+    trunk.straighten()
+    assert torch.allclose(asked(trunk, "first"), fewer, atol=1e-5)
+    assert not torch.allclose(fewer, swapped)
+
+
 @pytest.mark.parametrize(
     "change", [{"norm_place": "pre", "final_norm": True}, {"positions": "rotary"}, {"causal": True}]
 )

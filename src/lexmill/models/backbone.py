@@ -229,7 +229,7 @@ class Transformer(Trunk):
     def straighten(self) -> None:
         blocks = [cast("Block", self.layers[index]) for index in range(len(self.layers))]
         plain = blocks and not self.rotary and self.relative is None
-        self._straight = Straight.of(blocks) if plain else None
+        self._straight = Straight.of(blocks, self.layers) if plain else None
 
     def _arranged(
         self,
@@ -246,9 +246,10 @@ class Transformer(Trunk):
         if cache is not None or collect is not None or not isinstance(layout, Packed):
             return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
         alone = layout.num_sequences == 1 and layout.known is None and until is None
-        if alone and self._straight is not None and torch.is_inference_mode_enabled() and not self.training:
+        straight = self._straight if alone and torch.is_inference_mode_enabled() and not self.training else None
+        if straight is not None and straight.holds(self.layers):
             self.layer_rows += ids.numel() * len(self.layers)
-            return self.norm(self._straight(self.embeddings(ids, positions, types, inputs_embeds), only))
+            return self.norm(straight(self.embeddings(ids, positions, types, inputs_embeds), only))
         if layout.grouped is None:
             return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
         # Sequences of equal length become neighbours here, once, so that no layer has to gather them.

@@ -7,7 +7,7 @@ The numbers are those of `Transformer.forward`, to within rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,17 +38,26 @@ _KINDS = (Linear, Int8Linear, LowRankLinear)
 class Straight:
     """The layers of an encoder for one sequence.
 
-    They are bound to its modules: weights may change in place, but a module that is put in another's place is not seen.
+    They are bound to its modules: weights may change in place, and where a module was put in another's place they do
+    not hold any more.
     """
 
     layers: Sequence[Layer]
+    source: nn.ModuleList
+    bound: Sequence[tuple[Mapping[str, nn.Module | None], str, nn.Module | None]]
+    """Each module, with what holds it and its name there."""
 
     @classmethod
-    def of(cls, blocks: Sequence[Block]) -> Straight | None:
+    def of(cls, blocks: Sequence[Block], source: nn.ModuleList) -> Straight | None:
         """None where a layer does anything but full attention, feed-forward, and a norm after each."""
         layers = [_layer(block) for block in blocks]
         known = [layer for layer in layers if layer is not None]
-        return cls(known) if len(known) == len(layers) else None
+        bound = [(_held(one), name, module) for one in source.modules() for name, module in _held(one).items()]
+        return cls(known, source, bound) if len(known) == len(layers) else None
+
+    def holds(self, source: nn.ModuleList) -> bool:
+        """Whether these are the layers it was made of, with all modules where they were."""
+        return source is self.source and all(held.get(name) is module for held, name, module in self.bound)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of the model is not bound to the modules of the original."""
@@ -57,6 +66,10 @@ class Straight:
         for layer in self.layers[:-1]:
             x = layer(x, "all")
         return self.layers[-1](x, only)
+
+
+def _held(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    return module._modules  # pyright: ignore[reportPrivateUsage]
 
 
 def _layer(block: Block) -> Layer | None:

@@ -47,7 +47,8 @@ class Format(ABC):
         subject's model may be asked: it tells what the task and the tokenizer are."""
 
     def tolerance(self, subject: Loaded, options: Any) -> float:
-        """The largest max|a-b| / max|b| over the evidence of a probe that still counts as the same answer."""
+        """The largest max|a-b| / max|b| over the evidence of a probe that still counts as the same answer; of half of
+        all probes it may be a quarter of that."""
         return 1e-5
 
 

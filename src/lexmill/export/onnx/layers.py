@@ -13,7 +13,7 @@ from lexmill.errors import UserError
 from lexmill.export.onnx.graph import Graph, floats
 from lexmill.nn.activation import Activation
 from lexmill.nn.embedding import Embedding, Int8Embedding
-from lexmill.nn.int8 import Int8Linear
+from lexmill.nn.int8 import Grid, Int8Linear
 from lexmill.nn.linear import Linear
 from lexmill.nn.low_rank import LowRankLinear
 from lexmill.nn.norm import LayerNorm, RMSNorm
@@ -82,30 +82,41 @@ def _biases(graph: Graph, layers: Sequence[Any]) -> str | None:
 def _int8(graph: Graph, layers: Sequence[Int8Linear], x: str) -> str:
     """Rows on their grid, multiplied as bytes with sums in 32 bits (`MatMulInteger`), and scaled back."""
     first, ids = layers[0], tuple(id(layer) for layer in layers)
-    scale: str | None = None
-    if first.grid is None:
-        if first.divisor is not None:
-            x = graph.op("Mul", x, graph.weight(floats(first.divisor).reciprocal(), ("factor", *ids)))
-        reach = graph.op("ReduceMax", graph.op("Abs", x), graph.integers(1), keepdims=1)
-        scale = graph.op("Max", graph.op("Div", reach, graph.number(_MOST)), graph.number(_TINY))
-        # As the layer rounds: half a code more, and cut off.
-        shifted = graph.op("Add", graph.op("Div", x, scale), graph.number(_MIDDLE + 0.5))
-        codes, zero = graph.op("Cast", shifted, to=2), _MIDDLE
-    else:
-        zero = first.grid.zero
-        columns = torch.ones(first.in_features) if first.divisor is None else floats(first.divisor)
-        grid = graph.weight(columns * first.grid.scale, ("grid", *ids))
-        zeros = graph.weight(torch.full([first.in_features], zero, dtype=torch.uint8), ("zeros", *ids))
-        codes = graph.op("QuantizeLinear", x, grid, zeros, axis=1)
-    matrix = graph.weight(torch.cat([layer.codes for layer in layers]).t(), ("codes", *ids))
-    wide = graph.op("Cast", graph.op("MatMulInteger", codes, matrix, _byte(graph, zero)), to=1)
     scales = torch.cat([floats(layer.scales) for layer in layers])
-    if scale is not None:
-        wide = graph.op("Mul", graph.op("Mul", wide, graph.weight(scales, ("scales", *ids))), scale)
-    elif first.grid is not None:
+    matrix = graph.weight(torch.cat([layer.codes for layer in layers]).t(), ("codes", *ids))
+    if first.grid is None:
+        codes, row_scale = _on_own_grids(graph, first, x)
+        wide = _product(graph, codes, matrix, _MIDDLE)
+        wide = graph.op("Mul", graph.op("Mul", wide, graph.weight(scales, ("scales", *ids))), row_scale)
+    else:
+        wide = _product(graph, _on_one_grid(graph, first, first.grid, x), matrix, first.grid.zero)
         wide = graph.op("Mul", wide, graph.weight(scales * first.grid.scale, ("scales", *ids)))
     bias = _biases(graph, layers)
     return wide if bias is None else graph.op("Add", wide, bias)
+
+
+def _on_own_grids(graph: Graph, layer: Int8Linear, x: str) -> tuple[str, str]:
+    """The codes of rows, each on a grid that reaches as far as it does, and their scales, `[rows, 1]`."""
+    if layer.divisor is not None:
+        x = graph.op("Mul", x, graph.weight(floats(layer.divisor).reciprocal(), ("factor", id(layer))))
+    reach = graph.op("ReduceMax", graph.op("Abs", x), graph.integers(1), keepdims=1)
+    scale = graph.op("Max", graph.op("Div", reach, graph.number(_MOST)), graph.number(_TINY))
+    # As the layer rounds: half a code more, and cut off.
+    shifted = graph.op("Add", graph.op("Div", x, scale), graph.number(_MIDDLE + 0.5))
+    return graph.op("Cast", shifted, to=2), scale
+
+
+def _on_one_grid(graph: Graph, layer: Int8Linear, grid: Grid, x: str) -> str:
+    """The codes of rows on a grid that was chosen beforehand; a column's step is wider by its divisor."""
+    if layer.divisor is None:
+        return graph.op("QuantizeLinear", x, graph.number(grid.scale), _byte(graph, grid.zero))
+    steps = graph.weight(floats(layer.divisor) * grid.scale, ("steps", id(layer)))
+    zeros = graph.weight(torch.full([layer.in_features], grid.zero, dtype=torch.uint8), ("zeros", id(layer)))
+    return graph.op("QuantizeLinear", x, steps, zeros, axis=1)
+
+
+def _product(graph: Graph, codes: str, matrix: str, zero: int) -> str:
+    return graph.op("Cast", graph.op("MatMulInteger", codes, matrix, _byte(graph, zero)), to=1)
 
 
 def _byte(graph: Graph, value: int) -> str:

@@ -45,13 +45,19 @@ def small_tokenizer() -> Tokenizer:
 
 
 def small_classifier(
-    *, pair: bool = False, name: str = "small", labels: Sequence[str] = LABELS, max_length: int = 96, seed: int = 0
+    *,
+    pair: bool = False,
+    name: str = "small",
+    labels: Sequence[str] = LABELS,
+    max_length: int = 96,
+    layers: int = 2,
+    seed: int = 0,
 ) -> Loaded:
     """A classifier of texts or pairs with random weights large enough that its logits differ between texts."""
     config = ModelConfig(
         vocab_size=len(_vocabulary()),
         hidden_size=32,
-        num_layers=2,
+        num_layers=layers,
         num_heads=4,
         num_kv_heads=4,
         head_dim=8,
@@ -69,14 +75,15 @@ def small_classifier(
     return Loaded(task, model.eval(), small_tokenizer(), name)
 
 
-def write_artifact(loaded: Loaded, out: Path) -> Artifact:
-    """What `fit` leaves of a trained model, without the training."""
+def write_artifact(loaded: Loaded, out: Path, *, probed: bool = True) -> Artifact:
+    """What `fit` leaves of a trained model, without the training; its probes, which take a second, where asked."""
     with create(out) as writer:
         models.save(loaded.model, writer.path("config.json").parent)
         loaded.tokenizer.no_truncation()
         loaded.tokenizer.save(str(writer.path("tokenizer.json")))
-        recorded = probes.record(loaded.task, loaded.model, loaded.tokenizer)
-        writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), encoding="utf-8")
+        if probed:
+            recorded = probes.record(loaded.task, loaded.model, loaded.tokenizer)
+            writer.path(probes.FILE).write_text(json.dumps(recorded, ensure_ascii=False), encoding="utf-8")
         writer.manifest = Manifest(
             task=TaskRecord(name=loaded.task.name, state=json.loads(json.dumps(loaded.task.state()))),
             weights=models.weights_digest(loaded.model),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tests.compress.material import material_of, texts
 from tests.small_classifier import small_classifier, write_artifact
 
-from lexmill.compress import Step
+from lexmill.compress import Material, Step, check_order, known
 from lexmill.engine import Loaded, TorchEngine
+from lexmill.errors import UserError
 from lexmill.evaluate import answered
 
 _READ = """
@@ -49,16 +54,72 @@ CHAINS: Sequence[Sequence[Step]] = (
 )
 
 
+SHORT: Mapping[str, Mapping[str, Any]] = {
+    "distil": {"layers": 2, "recovery": _QUICK},
+    "exits": {"layers": [1], "max_drop": 0.5, "epochs": 1},
+    "factorise": {"recover": False},
+    "heads": {**_PRUNED, "keep": 0.7},
+    "int8": {"max_error": 2.0, "rows": 16},
+    "layers": {**_PRUNED, "keep": 0.7},
+    "neurons": {**_PRUNED, "keep": 0.7, "multiple": 8},
+    "sparsity": {"by": "wanda", "recover": False},
+    "vocabulary": {},
+    "weights": {"rows": 16},
+    "width": {**_PRUNED, "keep": 0.7},
+}
+"""A little of every method there is."""
+NOTHING_LEFT = (("distil", "distil"), ("vocabulary", "vocabulary"))
+"""What the first of them has done to the full."""
+
+
 def test_every_chain_answers_the_same_in_a_fresh_process(tmp_path: Path) -> None:
-    material, asked, paths, here = material_of(small_classifier(), train=48), texts(10, seed=3), [], []
-    for number, steps in enumerate(CHAINS):
-        subject: Loaded = small_classifier()
+    material, made = material_of(small_classifier(), train=48), list[Loaded]()
+    for steps in CHAINS:
+        subject = small_classifier()
         for step in steps:
-            method, options = step.read("steps")
-            subject, _ = method.apply(subject, material, options)
-        paths.append(str(write_artifact(subject, tmp_path / str(number)).path))
-        _, told = answered(TorchEngine(subject), [{"question": text} for text in asked])
-        here.append([one["label"].tolist() for one in told])
+            subject = _after(step, subject, material)
+        made.append(subject)
+    _assert_read_alike(made, tmp_path)
+
+
+def test_every_method_and_every_legal_pair_answers_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+    assert sorted(SHORT) == known()
+    teacher = small_classifier(layers=4)
+    material, made = material_of(teacher, train=32), list[Loaded]()
+    material = replace(material, validation=material.validation[:16])
+    for first in SHORT:
+        once = _after(Step(first, SHORT[first]), small_classifier(layers=4), material)
+        made.append(once)
+        for second in SHORT:
+            if _is_legal(first, second) and (first, second) not in NOTHING_LEFT:
+                copy = replace(once, model=deepcopy(once.model))
+                made.append(_after(Step(second, SHORT[second]), copy, material))
+    for first, second in NOTHING_LEFT:
+        once = _after(Step(first, SHORT[first]), small_classifier(layers=4), material)
+        with pytest.raises(UserError):
+            _after(Step(second, SHORT[second]), once, material)
+    _assert_read_alike(made, tmp_path)
+
+
+def _is_legal(first: str, second: str) -> bool:
+    try:
+        check_order([Step(first), Step(second)])
+    except UserError:
+        return False
+    return True
+
+
+def _after(step: Step, subject: Loaded, material: Material) -> Loaded:
+    method, options = step.read("steps")
+    return method.apply(subject, material, options)[0]
+
+
+def _assert_read_alike(made: Sequence[Loaded], folder: Path) -> None:
+    """A new process, which imports nothing of compressing, reads each and has the same answers, to the bit."""
+    asked = texts(6, seed=3)
+    paths = [str(write_artifact(one, folder / str(number), probed=False).path) for number, one in enumerate(made)]
+    answers = [answered(TorchEngine(one), [{"question": text} for text in asked])[1] for one in made]
+    here = [[one["label"].tolist() for one in told] for told in answers]
     command = [sys.executable, "-c", _READ, json.dumps(asked), *paths]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout) == here

@@ -200,6 +200,7 @@ def test_units_compete_over_the_model_or_within_their_layer() -> None:
     assert [one.tolist() for one in choose(scores, 0.5, "model")] == [[2], [0, 2, 3]]
     assert [one.tolist() for one in choose(scores, 0.01, "model")] == [[2], [2]]
     assert [one.tolist() for one in choose(scores, 0.3, "layer", 2)] == [[2, 3], [2, 3]]
+    assert [one.tolist() for one in choose(scores, 0.5, "model", 2)] == [[2, 3], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -252,6 +253,8 @@ def test_what_cannot_be_pruned_is_an_error_that_says_why() -> None:
 
     with pytest.raises(UserError, match="keeps all of 8 heads"):
         apply("heads", small_classifier(), keep=0.99)
+    with pytest.raises(UserError, match="keeps all of 128 neurons"):
+        apply("neurons", small_classifier(), keep=0.9, multiple=64)
     with pytest.raises(UserError, match="keeps all of 2 layers"):
         apply("layers", small_classifier(), keep=0.9)
     with pytest.raises(UserError, match="no row has a label"):

@@ -119,7 +119,8 @@ class Distil(Method):
         if same and (not options.width.asked or narrowed(config, options.width) == config):
             hint = "give fewer layers, a smaller width, or another family"
             raise UserError("the student would be as large as its teacher", where="layers", hint=hint)
-        narrowed(config, options.width)
+        if options.width.asked:
+            narrowed(config, options.width)
 
     def apply(self, subject: Loaded, material: Material, options: DistilOptions) -> tuple[Loaded, dict[str, float]]:
         self.check(subject, options)

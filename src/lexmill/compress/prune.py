@@ -65,6 +65,18 @@ class UnitOptions(PruneOptions):
     scope: Scope = "model"
 
 
+@dataclass(frozen=True)
+class NeuronOptions(UnitOptions):
+    """What may be set for `neurons`.
+
+    Args:
+        multiple: of what a layer's number of neurons is brought to, the nearest: products of odd sizes are slow, and
+            weights in groups or patterns need rows that these divide.
+    """
+
+    multiple: Annotated[int, Ge(1)] = 32
+
+
 class Prune(Method):
     """Take out the units of one kind that matter least, and train on."""
 
@@ -84,10 +96,12 @@ class Prune(Method):
             what = f"'{subject.task.name}' compares the examples of a batch: none has a loss alone to measure by"
             raise UserError(what, where=self.name, hint="distil it")
         sizes = sizes_of(trunk, self.kind)
-        counts = counts_of(sizes, options.keep, _scope(options), self.step(trunk))
-        if sum(counts) >= sum(sizes):
-            hint = "give a smaller share"
-            raise UserError(f"keeps all of {sum(sizes)} {self.kind}", where=f"{self.name}.keep", hint=hint)
+        self._check_acts(sum(sizes), sum(counts_of(sizes, options.keep, _scope(options), self.step(trunk, options))))
+
+    def _check_acts(self, units: int, left: int) -> None:
+        if left >= units:
+            hint = "give a smaller share" + (", or a smaller multiple" if self.kind == "neurons" else "")
+            raise UserError(f"keeps all of {units} {self.kind}", where=f"{self.name}.keep", hint=hint)
 
     def apply(self, subject: Loaded, material: Material, options: PruneOptions) -> tuple[Loaded, dict[str, float]]:
         self.check(subject, options)
@@ -95,7 +109,8 @@ class Prune(Method):
         before, units = num_weights(subject.model), sum(sizes_of(trunk, self.kind))
         rows = material.sample(options.rows)
         scores = importance(subject, rows, self.kind, options.order, material.progress)
-        kept = choose(self.raised(trunk, scores), options.keep, _scope(options), self.step(trunk))
+        kept = choose(self.raised(trunk, scores), options.keep, _scope(options), self.step(trunk, options))
+        self._check_acts(units, sum(len(one) for one in kept))
         subject = self.remove(subject, kept)
         left, after = sum(sizes_of(plain_transformer(subject.model, self.name), self.kind)), num_weights(subject.model)
         material.note(f"{left:,} of {units:,} {self.kind} stay: {', '.join(str(len(one)) for one in kept)}")
@@ -117,8 +132,8 @@ class Prune(Method):
         """The scores, those of units that cannot go raised."""
         return scores
 
-    def step(self, trunk: Transformer) -> int:
-        """What the number of units that stay is a multiple of."""
+    def step(self, trunk: Transformer, options: PruneOptions) -> int:
+        """What the number of units that stay, in each layer, is a multiple of."""
         return 1
 
     @abstractmethod
@@ -132,7 +147,10 @@ class Neurons(Prune):
 
     name: ClassVar[str] = "neurons"
     kind: ClassVar[Kind] = "neurons"
-    Options: ClassVar[type] = UnitOptions
+    Options: ClassVar[type] = NeuronOptions
+
+    def step(self, trunk: Transformer, options: PruneOptions) -> int:
+        return options.multiple if isinstance(options, NeuronOptions) else 1
 
     def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:
         trunk = plain_transformer(subject.model, self.name)
@@ -206,10 +224,10 @@ class HiddenWidth(Prune):
     def check(self, subject: Loaded, options: PruneOptions) -> None:
         super().check(subject, options)
         trunk = plain_transformer(subject.model, self.name)
-        [count] = counts_of(sizes_of(trunk, self.kind), options.keep, "layer", self.step(trunk))
+        [count] = counts_of(sizes_of(trunk, self.kind), options.keep, "layer", self.step(trunk, options))
         slimmed(trunk.config, count)
 
-    def step(self, trunk: Transformer) -> int:
+    def step(self, trunk: Transformer, options: PruneOptions) -> int:
         return trunk.config.head_dim
 
     def remove(self, subject: Loaded, kept: Sequence[Int[Tensor, "kept"]]) -> Loaded:

@@ -126,22 +126,28 @@ def _around_layer(
 
 
 def counts_of(sizes: Sequence[int], keep: float, scope: Scope, step: int = 1) -> list[int]:
-    """How many units stay at this share: of each layer, in multiples of `step`, or, over the whole `model`, of all
-    together; one a layer, or one `step`, at least."""
+    """How many units this share is: of each layer, in multiples of `step`, or, over the whole `model`, of all together,
+    before those of a layer are brought to a multiple."""
     if scope == "layer":
-        return [step * max(1, round(keep * size / step)) for size in sizes]
+        return [_stepped(keep * size, size, step) for size in sizes]
     return [max(len(sizes), round(keep * sum(sizes)))]
 
 
 def choose(
     scores: Sequence[Float[Tensor, "unit"]], keep: float, scope: Scope, step: int = 1
 ) -> list[Int[Tensor, "kept"]]:
-    """By layer the units that stay, the most important ones, in their order."""
+    """By layer the units that stay, the most important ones, in their order; a multiple of `step` of each layer."""
     sizes = [len(one) for one in scores]
     counts = counts_of(sizes, keep, scope, step)
-    if scope == "layer":
-        return [most(one, count) for one, count in zip(scores, counts, strict=True)]
-    raised = [one.index_fill(0, one.argmax(), torch.inf) for one in scores]
-    stays = torch.zeros(sum(sizes), dtype=torch.bool, device=scores[0].device)
-    stays[most(torch.cat(raised), counts[0])] = True
-    return [part.nonzero().flatten() for part in stays.split(sizes)]
+    if scope == "model":
+        raised = [one.index_fill(0, one.argmax(), torch.inf) for one in scores]
+        stays = torch.zeros(sum(sizes), dtype=torch.bool, device=scores[0].device)
+        stays[most(torch.cat(raised), counts[0])] = True
+        own = [int(part.sum()) for part in stays.split(sizes)]
+        counts = [_stepped(count, size, step) for count, size in zip(own, sizes, strict=True)]
+    return [most(one, count) for one, count in zip(scores, counts, strict=True)]
+
+
+def _stepped(count: float, size: int, step: int) -> int:
+    """The multiple of `step` that is nearest, one at least; no more than there are."""
+    return min(size, step * max(1, round(count / step)))

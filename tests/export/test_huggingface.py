@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +26,12 @@ transformers = pytest.importorskip("transformers")
 TEXTS = ["What is my PIN?", "My card has not arrived, and the fee was charged twice", "refund " * 40]
 
 
-def parity(subject: Loaded, folder: Path, form: str = "huggingface", **options: Any) -> Parity:
+def parity(subject: Loaded, folder: Path, form: str = "huggingface", count: int = 8) -> Parity:
     one = find(form)
-    chosen = one.Options(**options)
+    chosen = one.Options()
     [name] = one.write(subject, folder, chosen)
     records = probes.probe_records(subject.task)
-    records = records[:: max(len(records) // 8, 1)]
+    records = records[:: max(len(records) // count, 1)]
     got = one.evidence(subject, folder / name, records)
     return measure(probes.evidence(subject, records), got, one.tolerance(subject, chosen), labelled=True)
 

@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in [*METHODS][1:])])
 def test_peft_answers_as_the_artefact(fitted: Any, base: Path, method: str, tmp_path: Path) -> None:
     source = fitted(method, **METHODS[method])
     found = export(source, tmp_path / "out", "peft")

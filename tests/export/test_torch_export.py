@@ -39,13 +39,13 @@ def some(names: Iterable[str], quick: set[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, {"modernbert", "mistral"}))
+@pytest.mark.parametrize("family", some(FAMILIES, {"modernbert"}))
 def test_every_family_answers_as_its_source(family: str, tmp_path: Path) -> None:
     model = models.init(replace(BASE, **FAMILIES[family]), family, 0)
     assert parity(classifier(model), tmp_path, "torch").holds
 
 
-@pytest.mark.parametrize("task", some(TASKS, {"pairs", "tag", "embed last"}))
+@pytest.mark.parametrize("task", some(TASKS, {"tag", "embed last"}))
 def test_every_task_answers_as_its_source(task: str, tmp_path: Path) -> None:
     assert parity(TASKS[task](), tmp_path, "torch").holds
 

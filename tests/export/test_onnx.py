@@ -254,20 +254,42 @@ def test_an_artefact_without_a_graph_names_the_verb_that_makes_one(tmp_path: Pat
     assert fault.value.where.endswith("onnx/model.onnx")
 
 
-def test_a_program_without_lexmill_gets_the_same_probabilities(exported: Artifact) -> None:
-    texts = ["My card has not arrived", "What is my PIN?", "refund " * 300]
+def consumed(folder: Path, *texts: str) -> list[Any]:
+    """The answers of the example, in a process that has neither lexmill nor torch."""
     without = "import sys; sys.modules['lexmill'] = sys.modules['torch'] = None"
     code = f"{without}\nexec(open({str(EXAMPLE)!r}).read())"
-    command = [sys.executable, "-c", code, str(exported.path / "onnx"), *texts]
+    command = [sys.executable, "-c", code, str(folder), *texts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    got = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["text"] for line in lines] == list(texts)
+    return [line["answer"] for line in lines]
+
+
+def test_a_program_without_lexmill_gets_the_same_probabilities(exported: Artifact) -> None:
+    texts = ["My card has not arrived", "What is my PIN?", "refund " * 300]
     engine = TorchEngine(exported)
-    for text, answer, expected in zip(texts, got, engine.run([Request({"question": t}) for t in texts]), strict=True):
-        assert answer["text"] == text
-        assert list(answer["answer"]) == list(LABELS)
+    found = engine.run([Request({"question": text}) for text in texts])
+    for answer, expected in zip(consumed(exported.path / "onnx", *texts), found, strict=True):
+        assert list(answer) == list(LABELS)
         wanted = engine.task.probabilities(expected["label"])
-        np.testing.assert_allclose(list(answer["answer"].values()), wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(list(answer.values()), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_program_without_lexmill_gets_the_same_of_pairs_and_vectors(tmp_path: Path) -> None:
+    form = find("onnx")
+    for task in ("pairs", "embed"):
+        (tmp_path / task).mkdir()
+        form.write(TASKS[task](), tmp_path / task, form.Options())
+    pairs, vectors = TASKS["pairs"](), TASKS["embed"]()
+    columns = pairs.task.columns
+    [expected] = TorchEngine(pairs).run([Request({columns["text"]: "My card", columns["text_pair"]: "What is a fee?"})])
+    [answer] = consumed(tmp_path / "pairs", "My card ||| What is a fee?")
+    np.testing.assert_allclose(list(answer.values()), pairs.task.probabilities(expected["label"]), rtol=1e-4, atol=1e-6)
+    request = vectors.task.Request.model_validate({"texts": ["My card", "What is my PIN?"], "kind": "query"})
+    answers = TorchEngine(vectors).run([Request(record) for record in vectors.task.items(request)])
+    wanted = [list(vectors.task.evidence(one).values()) for one in answers]
+    np.testing.assert_allclose(consumed(tmp_path / "embed", "My card", "What is my PIN?"), wanted, atol=1e-5)
 
 
 def test_a_plain_huggingface_directory_is_exported(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ OUT = Path(__file__).parent / "results"
 class Worker:
     """A contestant in a process of its own, which keeps its threads and its memory settings from the others.
 
-    The script is run with `--worker NAME`, and calls `work` with what one turn does.
+    The script is run with `--worker NAME`, and calls `work` with what one turn does, or speaks as `work` does where it
+    is run by another Python.
     """
 
-    def __init__(self, script: str, name: str) -> None:
+    def __init__(self, script: str, name: str, *, python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, script, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, script, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.facts = self._ask()
 

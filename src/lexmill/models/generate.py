@@ -11,7 +11,8 @@ from torch import Tensor
 from lexmill.errors import UserError
 from lexmill.models.decoding import GREEDY, Chooser, Sampling
 from lexmill.models.model import Model
-from lexmill.nn.cache import Cache
+from lexmill.models.steps import Steps
+from lexmill.nn.cache import Cache, KVCache
 from lexmill.nn.layout import Packed
 
 
@@ -75,8 +76,14 @@ def generate(
     choosers = [Chooser(one, prompt) for one, prompt in zip(wanted, prompts, strict=True)]
     cache = model.trunk.new_cache(len(live), max(len(prompts[i]) + min(limits[i], 64) for i in live))
     step: list[Sequence[int]] = [prompts[i] for i in live]
+    steps = Steps.of(model.trunk)
     while live:
-        chosen, scores = _choose(_next(model, head, step, cache), [choosers[i] for i in live])
+        if steps is None or not isinstance(cache, KVCache) or cache.is_empty:
+            logits = _next(model, head, step, cache)
+        else:
+            ids = torch.tensor([token for [token] in step], device=model.device)
+            logits = model.heads[head](steps(ids, cache)).float()
+        chosen, scores = _choose(logits, [choosers[i] for i in live])
         kept: list[int] = []
         for place, (index, token, score) in enumerate(zip(live, chosen, scores, strict=True)):
             result = results[index]

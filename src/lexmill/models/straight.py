@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 from lexmill.models.trunk import Only
 from lexmill.nn.attention import Attention
-from lexmill.nn.int8 import Codes, Int8Linear, is_hooked
+from lexmill.nn.int8 import Codes, Int8Linear
+from lexmill.nn.joint import is_hooked
 from lexmill.nn.linear import Linear
 from lexmill.nn.low_rank import LowRankLinear
 from lexmill.nn.mlp import MLP
 from lexmill.nn.norm import LayerNorm
+from lexmill.nn.weight_only import WeightOnlyLinear
 
 if TYPE_CHECKING:
     from lexmill.models.backbone import Block
@@ -31,7 +33,7 @@ Step = Callable[[Float[Tensor, "tok in"]], Float[Tensor, "tok out"]]
 Heads = tuple[Float[Tensor, "1 head tok dim"], Float[Tensor, "1 head tok dim"], Float[Tensor, "1 head tok dim"]]
 Layer = Callable[[Float[Tensor, "tok dim"], Only], Float[Tensor, "some_tok dim"]]
 
-_KINDS = (Linear, Int8Linear, LowRankLinear)
+_KINDS = (Linear, Int8Linear, LowRankLinear, WeightOnlyLinear)
 
 
 @dataclass(frozen=True)

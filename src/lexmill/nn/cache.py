@@ -35,8 +35,12 @@ class LayerCache:
     ) -> tuple[Float[Tensor, "*rows kv_head dim"], Float[Tensor, "*rows kv_head dim"], Layout]:
         """Store new tokens; returns all keys and values so far and their layout."""
         owner = self.owner
-        self.keys[owner.rows, owner.columns] = keys
-        self.values[owner.rows, owner.columns] = values
+        if owner.column is None:
+            self.keys[owner.rows, owner.columns] = keys
+            self.values[owner.rows, owner.columns] = values
+        else:
+            self.keys[:, owner.column] = keys
+            self.values[:, owner.column] = values
         if isinstance(owner.key_layout, Packed):
             return keys, values, owner.key_layout
         width = owner.key_layout.mask.shape[1]
@@ -72,6 +76,8 @@ class KVCache(Cache):
         self.key_layout: Layout = Packed.of(self.lengths, self.device)
         self.rows: Int[Tensor, "tok"] = torch.zeros(0, dtype=torch.int64)
         self.columns: Int[Tensor, "tok"] = torch.zeros(0, dtype=torch.int64)
+        self.column: int | None = None
+        """Where the new token of every sequence goes, where each has one and all are as long."""
         self._after = self.lengths
 
     def begin(self, layout: Packed) -> None:
@@ -79,14 +85,16 @@ class KVCache(Cache):
         if layout.num_sequences != len(self.lengths):
             raise ValueError(f"the cache holds {len(self.lengths)} sequences, the tokens are of {layout.num_sequences}")
         self._after = self.lengths + layout.lengths
-        self._reserve(int(self._after.max()))
+        shortest, longest = (int(length) for length in self._after.aminmax())
+        self._reserve(longest)
+        one_each = shortest == longest and layout.num_tokens == layout.num_sequences and layout.max_length == 1
+        self.column = longest - 1 if one_each else None
         self.rows = layout.sequence
         starts = torch.repeat_interleave(self.lengths - layout.offsets[:-1], layout.lengths)
         self.columns = (starts + torch.arange(layout.num_tokens)).to(self.device)
         if int(self.lengths.max()) == 0:
             self.key_layout = layout
         else:
-            shortest, longest = (int(length) for length in self._after.aminmax())
             mask = torch.arange(longest) < self._after[:, None]
             self.key_layout = Dense(mask.to(self.device), full=shortest == longest)
 

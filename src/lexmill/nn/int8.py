@@ -213,8 +213,7 @@ class Int8Linear(nn.Module, Addition, Joint):
         return layer
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        product = self.product([self])
-        return _shaped(product.multiply(product.read(_rows(input))), input)
+        return self.together([self], input)
 
     def product(self, layers: Sequence[Int8Linear]) -> _Product:
         """The product of the same rows with the matrices of these, of which this is the first; made ready once."""
@@ -226,10 +225,9 @@ class Int8Linear(nn.Module, Addition, Joint):
             layer.ran = found.kernel
         return found
 
-    def joint(self, layers: Sequence[Int8Linear], x: Float[Tensor, "*rows in"]) -> Sequence[Float[Tensor, "*rows out"]]:
+    def together(self, layers: Sequence[Int8Linear], x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         product = self.product(layers)
-        out = _shaped(product.multiply(product.read(_rows(x))), x)
-        return out.split([layer.out_features for layer in layers], -1)
+        return _shaped(product.multiply(product.read(_rows(x))), x)
 
     def joins(self, other: nn.Module) -> bool:
         if not isinstance(other, Int8Linear) or is_hooked(other) or other.grid != self.grid:

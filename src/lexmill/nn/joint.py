@@ -13,21 +13,31 @@ from torch import Tensor, nn
 class Joint(ABC):
     """A linear layer whose product may be that of several layers, one above the other."""
 
+    out_features: int
+
     @abstractmethod
     def joins(self, other: nn.Module) -> bool:
         """Whether both read rows alike, so that one product serves both."""
 
     @abstractmethod
-    def joint(self, layers: Sequence[Any], x: Float[Tensor, "*rows in"]) -> Sequence[Float[Tensor, "*rows out"]]:
-        """What these layers, of which this is the first, and which it joins, make of the same rows."""
+    def together(self, layers: Sequence[Any], x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        """What these layers, of which this is the first, and which it joins, make of the same rows, side by side."""
+
+
+def joined(layers: Sequence[nn.Module]) -> Joint | None:
+    """The first of these layers where one product serves them all."""
+    first = layers[0]
+    if not isinstance(first, Joint) or is_hooked(first) or not all(first.joins(other) for other in layers[1:]):
+        return None
+    return first
 
 
 def project(layers: Sequence[nn.Module], x: Float[Tensor, "*rows in"]) -> Sequence[Float[Tensor, "*rows out"]]:
     """What several layers make of the same rows; in one product where they can."""
-    first = layers[0]
-    if not isinstance(first, Joint) or is_hooked(first) or not all(first.joins(other) for other in layers[1:]):
+    first = joined(layers)
+    if first is None:
         return [layer(x) for layer in layers]
-    return first.joint(layers, x)
+    return first.together(layers, x).split([layer.out_features for layer in layers if isinstance(layer, Joint)], -1)
 
 
 def is_hooked(layer: nn.Module) -> bool:

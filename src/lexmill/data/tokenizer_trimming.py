@@ -25,7 +25,8 @@ def trim(tokenizer: Tokenizer, wanted: Iterable[int], *, characters: bool = True
     byte, so that what has lost its pieces can still be spelled.
 
     A text whose pieces are all kept is split into the same ones: a greedy or a most likely split does not change where
-    other candidates go, and of merges all those stay that lead to a piece that is kept.
+    other candidates go, and of merges all those stay that lead to a piece that is kept. One exception: a word that
+    WordPiece found unknown, since nothing fitted behind a long piece, may be spelled once that piece is gone.
 
     Raises:
         UserError: the tokenizer is of a kind that has no list of pieces.
@@ -59,9 +60,11 @@ def _pieces(model: Mapping[str, Any], kind: str) -> dict[int, str]:
 
 
 def _named(state: Mapping[str, Any], by_id: Mapping[int, str]) -> set[int]:
-    """What the tokenizer names itself: the unknown token, bytes that stand in for characters."""
+    """What the tokenizer itself leans on: the unknown token, bytes that stand in for characters."""
     model = state["model"]
     named = {model["unk_id"]} if model.get("unk_id") is not None else set[int]()
+    if model["type"] == "Unigram":  # unknown characters are scored by the least likely piece
+        named.add(min(by_id, key=lambda index: model["vocab"][index][1]))
     fallback = bool(model.get("byte_fallback"))
     return named | {
         index

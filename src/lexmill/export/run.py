@@ -107,8 +107,11 @@ def exported(artifact: Artifact, loaded: Loaded) -> Iterator[tuple[str, Parity |
     Args:
         loaded: the artefact's own task and tokenizer; its model is not asked.
     """
+    written = cast("dict[str, Any]", artifact.manifest.structure.get(NAME, {}))
+    if not written:
+        return
     source = Source(artifact.path, loaded, artifact, json.loads(artifact.file(probes.FILE).read_text("utf-8")))
-    for file, entry in cast("dict[str, Any]", artifact.manifest.structure.get(NAME, {})).items():
+    for file, entry in written.items():
         try:
             form = find(file.split("/")[0])
             got = form.evidence(loaded, artifact.file(file), source.records)

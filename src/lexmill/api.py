@@ -150,27 +150,32 @@ def compress(
     steps: Sequence[str | Mapping[str, Any]] = (),
     config: Path | str | None = None,
     max_drop: float | None = None,
+    goal: Mapping[str, Any] | None = None,
     data: Path | str | None = None,
     validation: Path | str | None = None,
     test: Path | str | None = None,
     unlabelled: Path | str | None = None,
     seed: int | None = None,
+    resume: bool = False,
     watch: Watch | None = None,
 ) -> CompressResult:
-    """Make a model smaller or faster by a chain of methods, and prove what that costs.
+    """Make a model smaller or faster, by a chain of methods or a search for one, and prove what that costs.
 
     Args:
         out: the artefact to write; must not exist.
-        steps: methods in order, each as `METHOD,KEY=VALUE,…` or as a mapping with the key `method`.
-        config: the chain and all else in TOML.
+        steps: methods in order, each as `METHOD,KEY=VALUE,…` or as a mapping with the key `method`; where there are
+            none, a search on this machine finds them.
+        config: the chain or the goal, and all else, in TOML.
         max_drop: the largest loss of the mean score a row; where the paired 95 % interval goes beyond, nothing is
-            written.
+            written. A search needs it.
+        goal: what a search is to reach beside that, by the names of `lexmill.compress.Goal`, e.g. `{"p99_ms": 10}`.
         data, validation, test: rows to learn from, to choose on, and for the proof; those of `fit` otherwise.
         unlabelled: rows without labels that distillation learns from.
+        resume: go on with the search that `OUT.search` keeps, or ask it for another goal.
 
     Raises:
         UserError: for an illegal order of steps, wrong options, missing or changed rows.
-        Failure: the loss is not proved to be within `max_drop`.
+        Failure: the loss is not proved to be within `max_drop`, or nothing reached the goal.
     """
     from lexmill.compress import CompressConfig, compress, read_step
     from lexmill.config import load
@@ -179,8 +184,9 @@ def compress(
     flags: dict[str, Any] = {f"data.{part}": path for part, path in files.items()}
     chain = [read_step(step) if isinstance(step, str) else dict(step) for step in steps]
     flags |= {"steps": chain or None, "max_drop": max_drop, "seed": seed}
+    flags |= {f"goal.{name}": value for name, value in (goal or {}).items()}
     loaded = load(CompressConfig, file=Path(config) if config is not None else None, flags=flags)
-    return compress(artifact, out, loaded.value, watch=watch)
+    return compress(artifact, out, loaded.value, resume=resume, watch=watch)
 
 
 def check(

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from lexmill import metrics
-from lexmill.engine import TorchEngine
+from lexmill.engine import Runtime
 from lexmill.errors import UserError
 from lexmill.evaluate import Evaluation, answered
 from lexmill.metrics import Difference
@@ -61,7 +62,7 @@ class Proof:
 
 
 def prove(
-    source: TorchEngine, compressed: TorchEngine, rows: Sequence[Record], *, where: str, allowed: float | None
+    source: Runtime, compressed: Runtime, rows: Sequence[Record], *, where: str, allowed: float | None
 ) -> tuple[Proof | None, Evaluation]:
     """Let both models answer the rows, each once.
 
@@ -71,21 +72,33 @@ def prove(
     Raises:
         UserError: a drop was to be kept within bounds, and the task has no score for a single row.
     """
-    found = [answered(engine, rows) for engine in (source, compressed)]
-    evaluation = Evaluation(compressed.task.evaluate(found[1][1], rows), len(rows))
-    engines = (source, compressed)
-    scores = [one.task.item_scores(answers, rows) for one, (_, answers) in zip(engines, found, strict=True)]
-    if scores[0] is None or scores[1] is None:
+    before, _ = scored(source, rows)
+    after, evaluation = scored(compressed, rows)
+    if before is None or after is None:
         if allowed is not None:
             hint = "leave --max-drop out, and compare what is measured"
             raise UserError(f"the task '{source.task.name}' has no score for a single row", hint=hint)
         return None, evaluation
-    both = ~np.isnan(scores[0]) & ~np.isnan(scores[1])
-    before, after = scores[0][both].astype(np.float64), scores[1][both].astype(np.float64)
-    if not len(before):
+    return judge(before, after, where=where, allowed=allowed), evaluation
+
+
+def scored(engine: Runtime, rows: Sequence[Record]) -> tuple[Float[np.ndarray, "row"] | None, Evaluation]:
+    """The score of each row, None where the task has none; and the evaluation of all."""
+    _, answers = answered(engine, rows)
+    return engine.task.item_scores(answers, rows), Evaluation(engine.task.evaluate(answers, rows), len(rows))
+
+
+def judge(
+    before: Float[np.ndarray, "row"], after: Float[np.ndarray, "row"], *, where: str, allowed: float | None
+) -> Proof:
+    """The drop from the scores before to those after, over the rows that both could score. A `UserError` where there
+    are none."""
+    both = ~np.isnan(before) & ~np.isnan(after)
+    old, new = before[both].astype(np.float64), after[both].astype(np.float64)
+    if not len(old):
         raise UserError("no row could be scored by both", hint="are the labels in the column of training?")
-    lost = metrics.paired_bootstrap(lambda i: float(after[i].mean()), lambda i: float(before[i].mean()), len(before))
-    return _judged(lost, float((before - after).std()), len(before), where, allowed), evaluation
+    lost = metrics.paired_bootstrap(lambda i: float(new[i].mean()), lambda i: float(old[i].mean()), len(old))
+    return _judged(lost, float((old - new).std()), len(old), where, allowed)
 
 
 def _judged(lost: Difference, deviation: float, rows: int, where: str, allowed: float | None) -> Proof:

@@ -84,7 +84,7 @@ class Int8(Method):
             raise UserError("there are no rows to measure on", where="train")
         before, wanted = _bytes(subject.model), outputs(subject, rows)
         checked = outputs(subject, shown) if shown else []
-        layers = _quantised(subject, rows, options)
+        layers = quantised(subject, rows, options)
         tables = _put_tables(subject.model) if options.embeddings else 0
         layers.put_all()
         found = apart(outputs(subject, rows), wanted)
@@ -112,7 +112,7 @@ class Int8(Method):
 
 
 @dataclass(frozen=True)
-class _Layers:
+class Swapped:
     """The same layers dense and in bytes, by place."""
 
     trunk: nn.Module
@@ -130,7 +130,8 @@ class _Layers:
             self.put(group, back=back)
 
 
-def _quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) -> _Layers:
+def quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) -> Swapped:
+    """The layers that are to be int8, and what they become; nothing is put in their places yet."""
     trunk = subject.model.trunk
     groups = [
         group
@@ -155,7 +156,7 @@ def _quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) ->
         for group in groups
         for place in group.places
     }
-    return _Layers(trunk, groups, dense, int8)
+    return Swapped(trunk, groups, dense, int8)
 
 
 def _divisor(reached: tuple[Tensor, Tensor], weight: Tensor, alpha: float) -> Tensor:
@@ -169,7 +170,7 @@ def _rescued(
     subject: Loaded,
     rows: Sequence[Record],
     wanted: Sequence[Tensor],
-    layers: _Layers,
+    layers: Swapped,
     found: float,
     options: Int8Options,
     material: Material,
@@ -177,7 +178,7 @@ def _rescued(
     """How far outputs are once columns are smoothed, where that helps, and layers spared, where that is not enough."""
     if options.smooth is None:
         layers.put_all(back=True)
-        smoothed = _quantised(subject, rows, replace(options, smooth=_ALPHA))
+        smoothed = quantised(subject, rows, replace(options, smooth=_ALPHA))
         smoothed.put_all()
         then = apart(outputs(subject, rows), wanted)
         material.note(f"outputs are off by {found:.1%}, and by {then:.1%} with columns smoothed")
@@ -192,7 +193,7 @@ def _spare(
     subject: Loaded,
     rows: Sequence[Record],
     wanted: Sequence[Tensor],
-    layers: _Layers,
+    layers: Swapped,
     most: float,
     material: Material,
 ) -> float:

@@ -27,7 +27,8 @@ class Files:
     Args:
         train: to train and calibrate on.
         validation: to choose on.
-        test: for the proof; half of the validation rows where there are none.
+        test: for the proof; half of the validation rows where there are none. A search without validation rows chooses
+            on half of these.
         unlabelled: rows without labels that distillation may learn from.
     """
 
@@ -54,8 +55,12 @@ class Rows:
     data: Mapping[str, Any]
 
 
-def find_rows(artifact: Artifact, files: Files, seed: int) -> Rows:
+def find_rows(artifact: Artifact, files: Files, seed: int, *, unseen: bool = False) -> Rows:
     """Read the rows. Those to choose on are drawn by the seed where there is no file of them.
+
+    Args:
+        unseen: whether they must be rows that the model was not trained on: half of the test rows, where there is no
+            file. The search compares models on them; training rows would flatter those that learnt them by heart.
 
     Raises:
         UserError: a file is missing, or is not the one that the artefact was fitted with, or there are no rows for a
@@ -73,26 +78,32 @@ def find_rows(artifact: Artifact, files: Files, seed: int) -> Rows:
     if files.unlabelled is not None:
         sources["unlabelled"] = _given(files.unlabelled)
     read = {part: [row.values for row in source] for part, source in sources.items()}
-    train, order = read["train"], np.random.default_rng(seed)
-    if "validation" in read:
-        choose = read["validation"]
-    else:
-        chosen = set(order.permutation(len(train))[: round(HELD_OUT * len(train))].tolist())
-        choose = [row for i, row in enumerate(train) if i in chosen]
-        train = [row for i, row in enumerate(train) if i not in chosen]
-    if "test" in read:
-        proof, proof_from = read["test"], f"{sources['test'].path.name}, opened once"
-    elif "validation" in read:
-        mixed = [choose[i] for i in order.permutation(len(choose))]
-        choose, proof = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
-        proof_from = f"half of {sources['validation'].path.name}, which nothing was chosen on"
-    else:
-        hint = "give --test FILE, or --validation FILE, of which half is kept for the proof"
-        raise UserError("no rows for a proof: all that are known were trained on", hint=hint)
+    train, choose, proof, proof_from = _divided(read, sources, np.random.default_rng(seed), unseen)
     if not choose or not proof:
         raise UserError("too few rows: none are left to choose on or to prove on", hint="give more with --validation")
     data = {part: data_fingerprint(source, len(read[part])) for part, source in sources.items()}
     return Rows(train, choose, proof, read.get("unlabelled", []), proof_from, data)
+
+
+def _divided(
+    read: Mapping[str, Sequence[Record]], sources: Mapping[str, Source], order: np.random.Generator, unseen: bool
+) -> tuple[Sequence[Record], Sequence[Record], Sequence[Record], str]:
+    """The rows to train on, to choose on and for the proof, and what these last are."""
+    halved = "test" if unseen and "validation" not in read else "validation"
+    if halved in read and (halved == "test" or "test" not in read):
+        mixed = [read[halved][i] for i in order.permutation(len(read[halved]))]
+        half = len(mixed) // 2
+        proof_from = f"half of {sources[halved].path.name}, which nothing was chosen on"
+        return read["train"], mixed[:half], mixed[half:], proof_from
+    if "test" not in read:
+        hint = "give --test FILE, or --validation FILE, of which half is kept for the proof"
+        raise UserError("no rows for a proof: all that are known were trained on", hint=hint)
+    train, proof_from = read["train"], f"{sources['test'].path.name}, opened once"
+    if "validation" in read:
+        return train, read["validation"], read["test"], proof_from
+    chosen = set(order.permutation(len(train))[: round(HELD_OUT * len(train))].tolist())
+    choose = [row for i, row in enumerate(train) if i in chosen]
+    return [row for i, row in enumerate(train) if i not in chosen], choose, read["test"], proof_from
 
 
 def _given(path: Path) -> Source:

@@ -238,6 +238,40 @@ def shortened(text: str, columns: int) -> str:
     return f"{text[:head]}…{text[len(text) - tail :]}"
 
 
+def trade_off(points: Sequence[Mapping[str, Any]], *, allowed: float, name: str, alt: str) -> str:
+    """What models lose against how many texts they answer in a second, those that no other beats with their numbers.
+
+    Args:
+        points: `drop`, `low` and `high` (its interval) as shares of 1, `speed`, `chosen`, and `number`, None for those
+            that another beats.
+        allowed: the largest drop that was allowed, drawn as a dashed line.
+    """
+    texts: dict[str, str] = {}
+    with _canvas(_height(230)) as figure:
+        (panel,) = _stack(figure, [230])
+        panel.set_title("Points lost, over texts a second")
+        panel.set_xscale("log")
+        panel.axhline(100 * allowed, color=SECOND, linewidth=1, linestyle=(0, (4, 3)))
+        for point in points:
+            color = MUTED if point["number"] is None else SECOND if point["chosen"] else MAIN
+            x, y = point["speed"], 100 * point["drop"]
+            wide = 1.6 if point["number"] is not None else 0.8
+            panel.plot([x, x], [100 * point["low"], 100 * point["high"]], color=color, linewidth=wide, alpha=0.55)
+            panel.plot([x], [y], color=color, marker="o", markersize=3 + 2 * wide, clip_on=False)
+            if point["number"] is not None:
+                texts[f"@n{point['number']}"] = str(point["number"])
+                panel.annotate(f"@n{point['number']}", (x, y), (5, 4), textcoords="offset points", color=INK)
+        most = max([100 * allowed, *(100 * one["high"] for one in points if one["number"] is not None)])
+        least = min(0.0, *(100 * one["low"] for one in points))
+        panel.set_ylim(least - 0.2, min(most, 100 * max(6 * allowed, 0.06)) + 0.4)
+        speeds = [one["speed"] for one in points]
+        panel.set_xlim(min(speeds) / 1.3, max(speeds) * 1.3)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "25" else "")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        return _svg(figure, name, alt, texts)
+
+
 @contextmanager
 def _canvas(height: float) -> Generator[Figure]:
     try:

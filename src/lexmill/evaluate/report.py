@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from lexmill.evaluate import plots
+from lexmill.evaluate import page, plots
+from lexmill.evaluate.page import PERCENT, Plot, number, percent
 
 if TYPE_CHECKING:
     from lexmill.tasks.base import Metrics
@@ -39,7 +39,6 @@ _NUMBERS = {
     "perplexity": ("Perplexity", "among how many equally likely tokens it chose, so to speak (lower is better)"),
     "tokens": ("Tokens", "how many tokens were scored"),
 }
-_PERCENT = "\N{NO-BREAK SPACE}%"
 _TABLES = ("per_class", "confused", "calibration")
 
 
@@ -72,14 +71,6 @@ class Measure:
     meaning: str
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A drawing and what it shows."""
-
-    svg: Markup
-    caption: str
-
-
 @dataclass
 class HeadView:
     """The quality of one head: what there is of it."""
@@ -106,10 +97,8 @@ def write_report(path: Path, content: Report) -> None:
 
 def render(content: Report) -> str:
     """The page as text. See `write_report`."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, number=number, breakable=breakable)
-    template = environment.from_string(files("lexmill.evaluate").joinpath("report.html.j2").read_text("utf-8"))
-    return template.render(
+    return page.render(
+        files("lexmill.evaluate").joinpath("report.html.j2").read_text("utf-8"),
         title=content.title,
         summary=content.summary,
         heads=[] if content.metrics is None else head_views(content.metrics),
@@ -122,25 +111,6 @@ def render(content: Report) -> str:
 
 
 # --- numbers for people -----------------------------------------------------------------------------------------
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share of 1, e.g. `92.6 %`; a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}{_PERCENT}"
-
-
-def number(value: Any) -> str:
-    """A number with four significant digits, a count with its thousands apart; anything else as it is."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return str(value)
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e4 else f"{value:.4g}"
-
-
-def breakable(text: Any) -> Markup:
-    """Escaped, and allowed to break after an underscore, as the long names of labels need."""
-    return escape(text).replace("_", Markup("_<wbr>"))
-
-
 def _bytes(value: float) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
@@ -207,7 +177,7 @@ def _head(
 def _measure(name: str, value: float, span: tuple[float, float] | None) -> Measure:
     title, meaning = _SHARES.get(name) or _NUMBERS.get(name) or (name, "")
     show: Callable[[float], str] = percent if name in _SHARES else number
-    interval = None if span is None else f"{show(span[0]).removesuffix(_PERCENT)} to {show(span[1])}"
+    interval = None if span is None else f"{show(span[0]).removesuffix(PERCENT)} to {show(span[1])}"
     return Measure(title, show(value), interval, meaning)
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 from lexmill.artifact import Artifact, Manifest
-from lexmill.compress.run import NAME as COMPRESS
+from lexmill.compress.chain import NAME as COMPRESS
 from lexmill.engine.probes import FORMAT, stored_in
 from lexmill.errors import UserError
 from lexmill.verify.compare import TOLERANCE, Check, compare

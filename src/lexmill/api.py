@@ -514,11 +514,12 @@ def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], 
     return import_gguf(file, out, progress=progress)
 
 
-def load(path: Path | str, *, others: Sequence[Path | str] = (), engine: str = "torch") -> OpenArtifact:
+def load(path: Path | str, *, others: Sequence[Path | str] = (), engine: str | None = None) -> OpenArtifact:
     """Open an artefact, its hashes checked, and load its model; with `others` an ensemble, whose answers are one.
 
     Args:
-        engine: `torch`, or `onnx` for an artefact that `export` wrote.
+        engine: `torch`, or `onnx` or `openvino` for an artefact that `export` wrote. Where None, what the artefact
+            names, or torch.
 
     Raises:
         UserError: where an artefact is damaged, or the others were not trained for the same answers.
@@ -538,7 +539,7 @@ def evaluate(
     *,
     adapter: str | None = None,
     others: Sequence[Path | str] | None = None,
-    engine: str = "torch",
+    engine: str | None = None,
     encoding: str = "utf-8",
     skip_bad: bool = False,
     report: Path | str | None = None,
@@ -597,6 +598,7 @@ def export(
     out: Path | str,
     format: str = "onnx",
     set: Sequence[str] | Mapping[str, Any] = (),
+    runtime: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
     """Write an artefact that holds the same model for other programs too, checked on its probes.
@@ -605,6 +607,7 @@ def export(
         artifact: an artefact, or a plain Hugging Face directory.
         out: the artefact to write; must not exist. The files are in its folder named like the format.
         set: options of the format, e.g. `{"opset": 20}`.
+        runtime: what is to answer for the artefact where nobody names another; it is asked the probes too.
         note: is told what happens.
 
     Raises:
@@ -615,17 +618,19 @@ def export(
     from lexmill.export import export
 
     options = dict(set) if isinstance(set, Mapping) else read_sets(set)
-    return export(artifact, out, format, options, note=note)
+    return export(artifact, out, format, options, runtime=runtime, note=note)
 
 
-def verify(artifact: Path | str) -> Verification:
-    """Check number by number that what was trained is what is stored and served."""
+def verify(artifact: Path | str, *, engine: str | None = None) -> Verification:
+    """Check number by number that what was trained is what is stored and served. For `engine` see `load`."""
     from lexmill.verify import verify
 
-    return verify(artifact)
+    return verify(artifact, runtime=engine)
 
 
-def serve(artifacts: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 8100, engine: str = "torch") -> None:
+def serve(
+    artifacts: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 8100, engine: str | None = None
+) -> None:
     """Serve artefacts over HTTP until SIGINT or SIGTERM; port 0 picks a free one. For `engine` see `load`."""
     from lexmill.serve import serve
 

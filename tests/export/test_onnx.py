@@ -18,7 +18,7 @@ from tests.small_classifier import LABELS, small_classifier, small_tokenizer, wr
 from lexmill import models
 from lexmill.artifact import Artifact
 from lexmill.engine import Loaded, OnnxEngine, Request, TorchEngine, open_engine, probes
-from lexmill.engine.onnx_model import MOST_POSITIONS, grouped
+from lexmill.engine.graph_model import MOST_POSITIONS, grouped
 from lexmill.errors import Failure, UserError
 from lexmill.export import Onnx, export, find
 from lexmill.export.parity import measure

@@ -66,7 +66,8 @@ def test_serves_until_a_signal_and_ends_cleanly(artifact: Path, run: Run, host: 
     process.send_signal(number)
     assert process.wait(20) == 0
     assert process.stdout is not None
-    rest = process.stdout.read()
+    runs_in, _, rest = process.stdout.read().partition("\n")
+    assert runs_in.startswith("  tickets runs in torch ")
     if host == "127.0.0.1":
         assert rest == ""
     else:

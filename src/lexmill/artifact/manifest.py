@@ -89,6 +89,7 @@ class Manifest(_Record):
         metrics: by split (`test`, `validation`), then by name.
         history: transforms, oldest first.
         environment: of the last transform.
+        runtime: what answers where nobody names another, e.g. `openvino`; torch where None.
         weights: per tensor name, the sha256 of the trained weights as they stood in memory. Independent of the file
             hashes, so that a weight changed on disk is caught even where `files` was made to match.
         files: per relative path, size and hash; filled in when the artefact is written.
@@ -103,11 +104,13 @@ class Manifest(_Record):
     history: tuple[Transform, ...] = ()
     created: str = Field(default_factory=now)
     environment: Environment = Field(default_factory=Environment)
+    runtime: str | None = None
     weights: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileRecord] = Field(default_factory=dict)
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
+        # A version that does not know the field reads every manifest that does not use it.
+        return self.model_dump_json(indent=2, exclude={"runtime"} if self.runtime is None else None) + "\n"
 
 
 def parse(text: bytes, file: Path) -> Manifest:

@@ -17,6 +17,7 @@ def export(
     set: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the format.")
     ] = None,
+    runtime: Annotated[str | None, typer.Option(help="What answers where no --engine is given, e.g. openvino.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -27,5 +28,5 @@ def export(
     if out is None:
         raise UserError("where should the artefact go?", where="command line", hint="give --out runs/NAME")
     watch = output.watch(quiet=quiet or json)
-    result = api.export(artifact, out=out, format=format, set=set or (), note=watch.note)
+    result = api.export(artifact, out=out, format=format, set=set or (), runtime=runtime, note=watch.note)
     output.show(result.to_dict() if json else result.lines(), json=json)

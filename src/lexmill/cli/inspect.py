@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lexmill.cli import output
+from lexmill.cli.run import Engine
 
 
 def show(
@@ -23,12 +24,13 @@ def show(
 
 def verify(
     artifact: Annotated[Path, typer.Argument(help="An artefact.")],
+    engine: Engine = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check that what was trained is what is served. Compares trained, stored, reloaded, served number by number."""
     from lexmill.verify import verify
 
-    found = verify(artifact)
+    found = verify(artifact, runtime=engine)
     output.show(found.to_dict() if json else found.lines(), json=json)
     if not found.ok:
         raise typer.Exit(1)

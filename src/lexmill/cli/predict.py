@@ -30,7 +30,7 @@ def predict(
     columns: Mapping[str, str | None],
     *,
     adapter: str | None,
-    engine: str,
+    engine: str | None,
     encoding: str,
     skip_bad: bool,
 ) -> None:

@@ -10,7 +10,12 @@ import typer
 
 from lexmill.cli import output
 
-Engine = Annotated[str, typer.Option("--engine", help="torch, or onnx for an artefact that export wrote.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", help="torch, or onnx or openvino for what export wrote; what the artefact names otherwise."
+    ),
+]
 
 
 def evaluate(
@@ -20,7 +25,7 @@ def evaluate(
     others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
-    engine: Engine = "torch",
+    engine: Engine = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
@@ -76,7 +81,7 @@ def predict(
     others: Annotated[
         list[Path] | None, typer.Option("--with", metavar="ARTEFACT", help="One more of an ensemble; may be repeated.")
     ] = None,
-    engine: Engine = "torch",
+    engine: Engine = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
 ) -> None:
@@ -92,7 +97,7 @@ def serve(
     artifacts: Annotated[list[Path], typer.Argument(help="One or more artefacts.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8100,
-    engine: Engine = "torch",
+    engine: Engine = None,
 ) -> None:
     """Serve artefacts over HTTP. POST /v1/classify, /v1/generate; GET /health, /ready, /metrics, /openapi.json."""
     from lexmill.serve import serve

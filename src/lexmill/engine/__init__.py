@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
-from lexmill.artifact import Artifact
 from lexmill.engine.base import Cancelled, Engine, Expired, Overloaded, Request, Work
 from lexmill.engine.batcher import Batcher
+from lexmill.engine.dependence import batch_dependence
 from lexmill.engine.ensemble import Ensemble
 from lexmill.engine.loaded import Loaded, load
 from lexmill.engine.onnx_engine import OnnxEngine
+from lexmill.engine.openvino_engine import OpenVinoEngine
 from lexmill.engine.runtime import Runtime
+from lexmill.engine.runtimes import RUNTIMES, available_runtimes, find_runtime, open_engine, runtime_of
 from lexmill.engine.torch_engine import TorchEngine
-from lexmill.errors import UserError
 
 __all__ = [
+    "RUNTIMES",
     "Batcher",
     "Cancelled",
     "Engine",
@@ -24,21 +22,16 @@ __all__ = [
     "Expired",
     "Loaded",
     "OnnxEngine",
+    "OpenVinoEngine",
     "Overloaded",
     "Request",
     "Runtime",
     "TorchEngine",
     "Work",
+    "available_runtimes",
+    "batch_dependence",
+    "find_runtime",
     "load",
     "open_engine",
+    "runtime_of",
 ]
-
-RUNTIMES: Mapping[str, Callable[..., Runtime]] = {"torch": TorchEngine, "onnx": OnnxEngine}
-
-
-def open_engine(path: Artifact | Path | str, runtime: str = "torch", **options: Any) -> Runtime:
-    """The engine of this runtime for an artefact; `options` are the runtime's own. Raises `UserError` where the
-    runtime is unknown or the artefact cannot be read."""
-    if runtime not in RUNTIMES:
-        raise UserError(f"unknown runtime '{runtime}'", hint=f"known runtimes: {', '.join(RUNTIMES)}")
-    return RUNTIMES[runtime](path, **options)

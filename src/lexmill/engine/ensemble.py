@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -49,6 +49,11 @@ class Ensemble:
     def work(self) -> Work:
         done = [member.work for member in self.members]
         return Work(sum(one.tokens for one in done), sum(one.positions for one in done))
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Those of the members; see `Runtime.record`."""
+        return {"members": [dict(member.record) for member in self.members]}
 
     def run(self, requests: Sequence[Request]) -> list[Any]:
         return self._combined([member.run(requests) for member in self.members])

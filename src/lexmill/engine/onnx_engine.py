@@ -1,76 +1,61 @@
-"""Runs requests in ONNX Runtime: sorted by length, side by side with next to no padding."""
+"""The runtime `onnx`: ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
-from lexmill.artifact import Artifact
-from lexmill.data.batch import collate
-from lexmill.data.tokenizer import load_tokenizer
-from lexmill.engine.base import Work
-from lexmill.engine.loaded import Loaded, described_adapters, read_task
-from lexmill.engine.onnx_model import OnnxModel
-from lexmill.engine.runtime import Item, Runtime
-from lexmill.errors import UserError
-from lexmill.models import Model
+import numpy as np
 
-FILE = PurePosixPath("onnx/model.onnx")
-"""Where an artefact keeps the graph."""
-TOKEN_BUDGET = 4096
+from lexmill.engine.graph_engine import GraphEngine
+from lexmill.engine.graph_model import GraphModel
+from lexmill.errors import MissingExtra, UserError
 
 
-class OnnxEngine(Runtime):
-    """An `Engine` on ONNX Runtime for the `onnx/model.onnx` of an artefact; the model's own weights are not read.
+class OnnxModel(GraphModel):
+    """A graph that ONNX Runtime computes.
 
     Args:
-        source: an artefact, its path, or what is in memory, of which the task and the tokenizer are taken.
-        file: the graph; the artefact's own where None.
-        device: `cpu`.
-        token_budget: most tokens that are taken together.
-        threads: threads of the session; as ONNX Runtime has them where None.
+        threads: of the session; as ONNX Runtime has them where None.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
-        UserError: there is no graph, or it cannot be run.
+        UserError: the file is missing, or none that it can run.
     """
 
-    def __init__(
-        self,
-        source: Artifact | Path | str | Loaded,
-        *,
-        file: Path | None = None,
-        device: str = "cpu",
-        token_budget: int = TOKEN_BUDGET,
-        threads: int | None = None,
-    ) -> None:
-        if device != "cpu":
-            raise UserError(
-                f"ONNX Runtime runs on the CPU here, not on '{device}'", where="device", hint="leave it out"
-            )
-        if isinstance(source, Loaded):
-            if file is None:
-                raise ValueError("what is in memory has no file of its own")
-            graph, task, tokenizer, name = file, source.task, source.tokenizer, source.name
-        else:
-            artifact = source if isinstance(source, Artifact) else Artifact.open(Path(source))
-            if described_adapters(artifact):
-                hint = "run it in torch"
-                raise UserError("an artefact with several adapters has no graph", where=str(artifact.path), hint=hint)
-            graph = file or artifact.path / FILE
-            task = read_task(artifact.manifest.task, artifact.path / "manifest.json")
-            tokenizer, name = load_tokenizer(artifact.path), artifact.path.resolve().name
-        self._graph = OnnxModel(graph, threads=threads)
-        super().__init__(Loaded(task, cast("Model", self._graph), tokenizer, name), token_budget)
+    def __init__(self, file: Path, *, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise MissingExtra("onnx", "running ONNX files") from error
+        super().__init__(file)
+        options: Any = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session: Any = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no base class of their own
+            raise UserError(f"ONNX Runtime cannot run it: {error}", where=str(file), hint="export it again") from error
+        self.inputs = [one.name for one in self._session.get_inputs()]
+        self.ranks = {one.name: len(one.shape) for one in self._session.get_outputs()}
+        self._version = onnxruntime.__version__
 
     @property
-    def work(self) -> Work:
-        return self._graph.work
+    def record(self) -> Mapping[str, Any]:
+        return {"version": self._version, "providers": self._session.get_providers()}
 
-    def _forward(self, items: Sequence[Item]) -> list[Any]:
-        loaded, records = self._loaded, [item.record for item in items]
-        batch, hear = collate([item.example for item in items]), [item.hear for item in items]
-        if any(hear):
-            return loaded.task.speak(loaded.model, batch, records, loaded.tokenizer, hear)
-        return loaded.task.answer(loaded.model, batch, records, loaded.tokenizer)
+    def compute(self, names: Sequence[str], given: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        return self._session.run(list(names), given)
+
+
+class OnnxEngine(GraphEngine):
+    """See `GraphEngine`."""
+
+    runtime: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "ONNX Runtime"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+
+    @classmethod
+    def _opened(cls, file: Path, threads: int | None) -> GraphModel:
+        return OnnxModel(file, threads=threads)

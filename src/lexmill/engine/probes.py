@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from lexmill.data.batch import collate
 from lexmill.engine.loaded import Loaded
+from lexmill.engine.runtime import Runtime
 from lexmill.models import Model
 from lexmill.tasks.base import Record, Task
 
@@ -63,6 +64,16 @@ def evidence(loaded: Loaded, records: Sequence[Record]) -> list[dict[str, float]
         return found
     finally:
         model.train(training)
+
+
+def evidence_of(engine: Runtime, records: Sequence[Record]) -> list[dict[str, float]]:
+    """The evidence behind each record's answer as an engine gives it. Raises what stands in an answer's place."""
+    found: list[dict[str, float]] = []
+    for _, answer in engine.run_stream(records):
+        if isinstance(answer, Exception):
+            raise answer
+        found.append(engine.task.evidence(answer))
+    return found
 
 
 def record(task: Task, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 
+from lexmill.artifact import Artifact
 from lexmill.data.batch import Example
 from lexmill.engine.base import Cancelled, Expired, Request, Work
 from lexmill.engine.loaded import Loaded
@@ -31,11 +33,19 @@ class Item(NamedTuple):
 
 
 class Runtime(ABC):
-    """An `Engine` for one artefact. How a micro-batch is answered is the subclass's own.
+    """An `Engine` for one artefact. How a micro-batch is answered is the subclass's own, and so is its constructor,
+    which takes `(source, *, file, device, token_budget, threads)`.
 
     Args:
         token_budget: most tokens of one micro-batch; an item longer than that runs alone.
     """
+
+    runtime: ClassVar[str]
+    """What manifests and `--engine` call it."""
+    form: ClassVar[str | None] = None
+    """The format of export that it runs; None where it runs the artefact's own model."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """What it imports beside what Lexmill needs anyway."""
 
     def __init__(self, loaded: Loaded, token_budget: int) -> None:
         if token_budget < 1:
@@ -47,6 +57,21 @@ class Runtime(ABC):
     @abstractmethod
     def _forward(self, items: Sequence[Item]) -> list[Any]:
         """The answers to a micro-batch. Called under `torch.inference_mode`."""
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether what it needs is there."""
+        return all(find_spec(name) is not None for name in cls.packages)
+
+    @classmethod
+    @abstractmethod
+    def takes(cls, artifact: Artifact) -> bool:
+        """Whether it could answer for an artefact, as far as its manifest and its files tell."""
+
+    @property
+    @abstractmethod
+    def record(self) -> Mapping[str, Any]:
+        """What computes the answers, as JSON: the `runtime` and its version, and what it says of how."""
 
     @torch.inference_mode()
     def _answer(self, items: Sequence[Item]) -> list[Any]:

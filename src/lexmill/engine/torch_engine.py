@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from lexmill.artifact import Artifact
 from lexmill.engine.base import Work
 from lexmill.engine.loaded import Loaded, load
 from lexmill.engine.mixed import batches_by_adapter
 from lexmill.engine.runtime import Item, Runtime
-from lexmill.nn.linear import pack
+from lexmill.nn.int8 import Int8Linear
+from lexmill.nn.linear import Linear, pack
+from lexmill.nn.weight_only import WeightOnlyLinear
 
 CPU_TOKEN_BUDGET = 2048
 """Best of 256 to 8192 for MiniLM on two cores: beyond it activations leave the cache, below it matrices get small."""
@@ -25,20 +29,26 @@ class TorchEngine(Runtime):
 
     Args:
         source: an artefact, its path, or what training has in memory (which is set to evaluation mode).
+        file: None; the model is where the source says.
         device: where the model runs, e.g. `cpu` or `cuda:0`.
         token_budget: most tokens of one forward pass; an item longer than that runs alone. Where None, what suits the
             device.
         threads: threads of torch in this process; as torch has them where None.
     """
 
+    runtime: ClassVar[str] = "torch"
+
     def __init__(
         self,
         source: Artifact | Path | str | Loaded,
         *,
+        file: Path | None = None,
         device: str = "cpu",
         token_budget: int | None = None,
         threads: int | None = None,
     ) -> None:
+        if file is not None:
+            raise ValueError("this runtime reads the model of an artefact, and no other file")
         where = torch.device(device)
         if token_budget is None:
             token_budget = CPU_TOKEN_BUDGET if where.type == "cpu" else GPU_TOKEN_BUDGET
@@ -50,6 +60,17 @@ class TorchEngine(Runtime):
             pack(one.model.to(where).eval(), token_budget)
             one.model.trunk.straighten()
         self._work = Work()
+
+    @classmethod
+    def takes(cls, artifact: Artifact) -> bool:
+        return True
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """`products`: how many matrices there are by what multiplied them last, or by their precision."""
+        model = self._loaded.model
+        told = {"runtime": self.runtime, "version": torch.__version__, "device": str(model.device)}
+        return {**told, "products": products_of(model)}
 
     @property
     def work(self) -> Work:
@@ -73,3 +94,14 @@ class TorchEngine(Runtime):
         computed = tokens - round((trunk.exited_rows - exited) / len(trunk.layers))
         self._work = Work(self._work.tokens + tokens, self._work.positions + computed)
         return answers
+
+
+def products_of(model: nn.Module) -> dict[str, int]:
+    """How many linear layers there are, by the kernel that multiplied them last, or by the precision of the matrix."""
+    kinds = Counter[str]()
+    for layer in model.modules():
+        if isinstance(layer, (Int8Linear, WeightOnlyLinear)):
+            kinds[str(layer.ran)] += 1
+        elif isinstance(layer, Linear):
+            kinds[str(layer.like.dtype).removeprefix("torch.")] += 1
+    return dict(kinds)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lexmill.artifact import Metric
@@ -19,10 +19,12 @@ class Evaluation:
     Args:
         metrics: see `Metrics`.
         rows: how many records were scored.
+        runtime: what computed the answers; see `Runtime.record`.
     """
 
     metrics: Metrics
     rows: int
+    runtime: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def lines(self) -> list[str]:
         """For people: how many rows, and each value with its 95 % interval where there is one."""
@@ -38,6 +40,7 @@ class Evaluation:
         return {
             **self.metrics.values,
             "rows": self.rows,
+            "runtime": dict(self.runtime),
             "intervals": {name: list(interval) for name, interval in self.metrics.intervals.items()},
             "tables": self.metrics.tables,
         }
@@ -53,7 +56,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer every record and score the answers; see `answered`."""
     asked, answers = answered(engine, records, adapter=adapter, progress=progress, where=where)
-    return Evaluation(engine.task_for(adapter).evaluate(answers, asked), len(asked))
+    return Evaluation(engine.task_for(adapter).evaluate(answers, asked), len(asked), engine.record)
 
 
 def answered(

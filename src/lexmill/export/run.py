@@ -13,7 +13,7 @@ from typing import Any, cast
 from lexmill import models
 from lexmill.artifact import Artifact, Manifest, TaskRecord, Transform, Writer, create, render_card
 from lexmill.config import load as read_config
-from lexmill.engine import Loaded, probes
+from lexmill.engine import RUNTIMES, Loaded, find_runtime, probes
 from lexmill.engine.files import environment, write_model
 from lexmill.errors import Failure, UserError
 from lexmill.export.base import Format, find
@@ -60,6 +60,7 @@ def export(
     format: str = "onnx",
     options: Mapping[str, Any] | None = None,
     *,
+    runtime: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
     """Write an artefact that holds its source and, in a folder named like the format, the same model for others.
@@ -68,15 +69,18 @@ def export(
         source: an artefact, or a plain Hugging Face directory (see `source.open_source`).
         out: where the artefact goes; must not exist.
         options: of the format, where they are not the defaults.
+        runtime: what is to answer for the artefact where nobody names another; it is asked the probes too.
         note: is told in words what happens.
 
     Raises:
-        UserError: the format is unknown, cannot hold this model, or its options are wrong.
-        MissingExtra: what writes the format is not installed.
+        UserError: the format is unknown, cannot hold this model, or its options are wrong; the runtime is unknown or
+            runs another format.
+        MissingExtra: what writes the format, or the runtime, is not installed.
         Failure: what was written does not answer as its source does; nothing is left of it.
     """
     began = time.perf_counter()
     out, form = Path(out), find(format)
+    _refuse_other_format(runtime, form)
     chosen = read_config(form.Options, stored=dict(options or {})).value
     given = open_source(Path(source))
     with _written(given, out, form) as writer:
@@ -89,7 +93,10 @@ def export(
         effect = {"seconds": time.perf_counter() - began, "bytes": float(size)}
         effect |= {f"{name}/{key}": value for name, one in parity.items() for key, value in one.to_dict().items()}
         parameters: dict[str, Any] = {"format": form.name, **asdict(chosen)}
-        _record(writer, given, Transform(name=NAME, parameters=parameters, effect=effect), parity)
+        if runtime is not None:
+            effect |= _asked_in(runtime, form, given, folder / files[0], chosen, out)
+            parameters["runtime"] = runtime
+        _record(writer, given, Transform(name=NAME, parameters=parameters, effect=effect), parity, runtime)
     return ExportResult(Artifact.open(out), form.name, parity, size, time.perf_counter() - began)
 
 
@@ -120,6 +127,23 @@ def exported(artifact: Artifact, loaded: Loaded) -> Iterator[tuple[str, Parity |
             yield file, fault
 
 
+def _refuse_other_format(runtime: str | None, form: Format) -> None:
+    if runtime is not None and find_runtime(runtime).form != form.name:
+        can = ", ".join(name for name, one in RUNTIMES.items() if one.form == form.name) or "none"
+        what = f"the runtime '{runtime}' does not run the format '{form.name}'"
+        raise UserError(what, where="runtime", hint=f"of the runtimes that run it there are: {can}")
+
+
+def _asked_in(runtime: str, form: Format, source: Source, file: Path, options: Any, out: Path) -> dict[str, float]:
+    """What a runtime answers to the probes from a file, as the effect of an export has it."""
+    engine = find_runtime(runtime)(source.loaded, file=file)
+    got = probes.evidence_of(engine, source.records)
+    labelled = any(source.loaded.task.labels().values())
+    found = measure(source.evidence, got, form.tolerance(source.loaded, options), labelled=labelled)
+    _refuse_different({f"{form.name}/{file.name} in {runtime}": found}, out)
+    return {f"{runtime}/{key}": value for key, value in found.to_dict().items()}
+
+
 def _refuse_different(parity: Mapping[str, Parity], out: Path) -> None:
     for name, one in parity.items():
         if not one.holds:
@@ -127,7 +151,9 @@ def _refuse_different(parity: Mapping[str, Parity], out: Path) -> None:
             raise Failure(f"'{name}' does not answer as its source does: {one}", where=str(out), hint=hint)
 
 
-def _record(writer: Writer, source: Source, transform: Transform, parity: Mapping[str, Parity]) -> None:
+def _record(
+    writer: Writer, source: Source, transform: Transform, parity: Mapping[str, Parity], runtime: str | None
+) -> None:
     """Put an export into the manifest: the transform, and what is now known of each file."""
     assert writer.manifest is not None
     earlier = cast("dict[str, Any]", writer.manifest.structure.get(NAME, {}))
@@ -135,9 +161,10 @@ def _record(writer: Writer, source: Source, transform: Transform, parity: Mappin
     kept = {name: one for name, one in earlier.items() if not name.startswith(f"{folder}/")}
     found = {**kept, **{name: one.to_dict() for name, one in parity.items()}}
     history = () if source.artifact is None else source.artifact.manifest.history
-    writer.manifest = writer.manifest.model_copy(
-        update={"structure": {**writer.manifest.structure, NAME: found}, "history": (*history, transform)}
-    )
+    update: dict[str, Any] = {"structure": {**writer.manifest.structure, NAME: found}, "history": (*history, transform)}
+    if runtime is not None:
+        update["runtime"] = runtime
+    writer.manifest = writer.manifest.model_copy(update=update)
     writer.path("card.md").write_text(render_card(writer.manifest, writer.out.name), "utf-8")
 
 

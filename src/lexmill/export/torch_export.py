@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from lexmill.engine import Loaded, probes
-from lexmill.engine.onnx_model import IDS, MASK, POOLED, TYPES
+from lexmill.engine.graph_model import IDS, MASK, POOLED, TYPES
 from lexmill.errors import UserError
 from lexmill.export.base import Evidence, Format, register
 from lexmill.export.graphs import ANSWERS, Asked, asked, check_beside, write_beside

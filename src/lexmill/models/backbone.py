@@ -243,7 +243,8 @@ class Transformer(Trunk):
         inputs_embeds: Float[Tensor, "*rows dim"] | None,
         until: int | None,
     ) -> Float[Tensor, "*some_rows dim"]:
-        if cache is not None or collect is not None or not isinstance(layout, Packed):
+        whole = cache is None and collect is None and not torch.compiler.is_compiling()
+        if not whole or not isinstance(layout, Packed):
             return self._run(ids, positions, layout, types, cache, only, collect, inputs_embeds, until)
         alone = layout.num_sequences == 1 and layout.known is None and until is None
         straight = self._straight if alone and torch.is_inference_mode_enabled() and not self.training else None
@@ -322,7 +323,7 @@ class Transformer(Trunk):
     def prefix_length(self) -> int:
         """Trained keys in front of every sequence; its tokens stand at the positions after them."""
         blocks = (layer for layer in self.layers if isinstance(layer, Block))
-        return max((len(b.attention.prefix) for b in blocks if b.attention.prefix is not None), default=0)
+        return max([0, *[len(b.attention.prefix) for b in blocks if b.attention.prefix is not None]])
 
     @property
     def max_tokens(self) -> int:

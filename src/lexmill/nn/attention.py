@@ -61,7 +61,7 @@ def attend(
         raise TypeError("dense queries need dense keys")
     if _has_varlen_kernel(q, rule, bias, dropout):
         return _attend_varlen(q, k, v, q_layout, k_layout, rule)
-    if q.is_cuda:
+    if q.is_cuda or torch.compiler.is_compiling():  # groups of equal lengths would be others in every batch
         return _attend_padded(q, k, v, q_layout, k_layout, rule, bias, dropout)
     if _trains_short(q, k, q_layout, k_layout, bias):
         return _attend_bucketed(q, k, v, q_layout, k_layout, rule, bias, dropout)
@@ -121,7 +121,7 @@ def _attend_padded(
     """Attention alone on padded sequences: one launch, where one a group of equal lengths would cost more."""
     of_q, of_k = q_layout.padded, k_layout.padded
     out = _attend_dense(
-        q[of_q.rows], k[of_k.rows], v[of_k.rows], Dense(of_q.mask), Dense(of_k.mask), rule, bias, dropout
+        q[of_q.rows], k[of_k.rows], v[of_k.rows], q_layout.side_by_side, k_layout.side_by_side, rule, bias, dropout
     )
     return out.flatten(0, 1).index_select(0, of_q.cells)
 

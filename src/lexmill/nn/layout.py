@@ -132,6 +132,11 @@ class Packed:
         return Padded(rows.to(self.device), mask.flatten().nonzero().flatten().to(self.device), mask.to(self.device))
 
     @cached_property
+    def side_by_side(self) -> Dense:
+        """The layout of the sequences when they are laid as `padded` says."""
+        return Dense(self.padded.mask, full=self.num_sequences == 1)
+
+    @cached_property
     def sequence(self) -> Int[Tensor, "tok"]:
         """The sequence that each row belongs to."""
         return torch.repeat_interleave(torch.arange(self.num_sequences), self.lengths).to(self.device)

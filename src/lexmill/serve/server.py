@@ -9,14 +9,14 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from lexmill.engine import Engine, open_engine
+from lexmill.engine import Engine, Runtime, open_engine
 from lexmill.errors import MissingExtra, UserError
 from lexmill.tasks.base import Task
 
@@ -32,7 +32,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = PORT,
     *,
-    runtime: str = "torch",
+    runtime: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
     limits: Limits | None = None,
@@ -42,8 +42,9 @@ def serve(
 
     Args:
         paths: artefacts; each is called by the name of its directory.
+        runtime: by name; where None, what each artefact names.
         port: 0 takes a free one. The address is printed once the models are loaded.
-        threads: of torch.
+        threads: of the runtimes; as they have them where None.
         say: takes what people should read.
 
     Raises:
@@ -91,7 +92,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen there: {error.strerror}", where=place, hint="check --host") from error
 
 
-def _open(paths: Sequence[Path | str], runtime: str, device: str, threads: int | None) -> dict[str, Engine]:
+def _open(paths: Sequence[Path | str], runtime: str | None, device: str, threads: int | None) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
     for path in paths:
         name = Path(path).resolve().name
@@ -112,6 +113,16 @@ def _welcome(url: str, engines: dict[str, Engine]) -> Iterator[str]:
         query = f"?{urlencode(chosen)}" if chosen else ""
         body = shlex.quote(json.dumps(_example(engine.task), ensure_ascii=False))
         yield f"  curl {shlex.quote(f'{url}/v1/{engine.task.name}{query}')} --json {body}"
+    for name, engine in engines.items():
+        if isinstance(engine, Runtime):
+            yield f"  {name} runs in {_told(engine.record)}"
+
+
+def _told(record: Mapping[str, object]) -> str:
+    """The record of a runtime in one line."""
+    runtime, version, *rest = record
+    parts = [f"{name} {json.dumps(record[name])}" for name in rest]
+    return ", ".join([f"{record[runtime]} {record[version]}", *parts])
 
 
 def _example(task: Task) -> dict[str, object]:

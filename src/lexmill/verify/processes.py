@@ -15,7 +15,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-_SERVE = "import sys; from lexmill.serve.server import serve; serve([sys.argv[1]], port=0)"
+_SERVE = "import sys; from lexmill.serve.server import serve; serve([sys.argv[1]], port=0, runtime=sys.argv[2] or None)"
 _URL = re.compile(r" at (http://\S+)")
 
 
@@ -36,10 +36,11 @@ def reload(path: Path, timeout: float) -> dict[str, Any]:
 
 
 @contextmanager
-def served(path: Path, timeout: float) -> Generator[str]:
-    """Serve an artefact on a free loopback port; gives the URL. Raises `ProcessFailed` where it does not come up."""
+def served(path: Path, timeout: float, runtime: str | None = None) -> Generator[str]:
+    """Serve an artefact on a free loopback port, in a runtime, that which it names where None; gives the URL. Raises
+    `ProcessFailed` where it does not come up."""
     with tempfile.NamedTemporaryFile(prefix="lexmill-serve-", suffix=".log") as output:
-        command = [sys.executable, "-P", "-u", "-c", _SERVE, str(path)]
+        command = [sys.executable, "-P", "-u", "-c", _SERVE, str(path), runtime or ""]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             yield _address(process, Path(output.name), timeout)

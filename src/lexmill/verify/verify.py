@@ -12,8 +12,12 @@ from urllib.parse import urlencode
 
 from lexmill.artifact import Artifact, Manifest
 from lexmill.compress.chain import NAME as COMPRESS
+from lexmill.engine import runtime_of
+from lexmill.engine.loaded import read_task
 from lexmill.engine.probes import FORMAT, stored_in
 from lexmill.errors import UserError
+from lexmill.export.parity import CODED, measure
+from lexmill.nn.int8 import Int8Linear
 from lexmill.verify.compare import TOLERANCE, Check, compare
 from lexmill.verify.processes import ProcessFailed, ask, reload, served
 
@@ -47,11 +51,13 @@ class Verification:
         }
 
 
-def verify(path: Path | str, *, timeout: float = TIMEOUT) -> Verification:
+def verify(path: Path | str, *, runtime: str | None = None, timeout: float = TIMEOUT) -> Verification:
     """Compare trained = compressed (within what may be lost) = stored = reloaded = exported = served.
 
     Args:
         path: an artefact.
+        runtime: what it is served in; what its manifest names where None. Of another than torch the numbers may be as
+            far from those of the trained model as `_tolerance` says.
         timeout: seconds that each of the processes it starts, and each request, may take.
 
     Raises:
@@ -59,10 +65,10 @@ def verify(path: Path | str, *, timeout: float = TIMEOUT) -> Verification:
         MissingExtra: where `serve` is not installed.
     """
     artifact = Artifact.open(Path(path), check=False)
-    return Verification(str(path), tuple(_checks(artifact, timeout)))
+    return Verification(str(path), tuple(_checks(artifact, timeout, runtime_of(artifact, runtime))))
 
 
-def _checks(artifact: Artifact, timeout: float) -> Iterator[Check]:
+def _checks(artifact: Artifact, timeout: float, runtime: str) -> Iterator[Check]:
     files = _files(artifact)
     yield files
     if not files.ok:
@@ -90,12 +96,16 @@ def _checks(artifact: Artifact, timeout: float) -> Iterator[Check]:
     if not all(check.ok for check in loaded):
         return
     try:
-        with served(artifact.path, timeout) as url:
+        with served(artifact.path, timeout, runtime) as url:
             for adapter, stored in probed.items():
                 query = urlencode({"timeout": timeout, **({"adapter": adapter} if adapter else {})})
                 answers = ask(f"{url}/v1/{found['task']}?{query}", stored["request"], timeout)
                 given = [answer[found["evidence_field"]] for answer in answers]
-                yield _for(adapter, compare("trained = served", _records(stored), _evidence(stored), given))
+                if runtime == "torch":
+                    check = compare("trained = served", _records(stored), _evidence(stored), given)
+                else:
+                    check = _near(artifact.manifest, runtime, _evidence(stored), given)
+                yield _for(adapter, check)
     except ProcessFailed as fault:
         yield Check("trained = served", False, str(fault))
 
@@ -134,6 +144,20 @@ def _compressed(manifest: Manifest) -> Iterator[Check]:
             f"score lost {drop:+.4f}, at most {high:+.4f} with 97.5 % confidence, on {rows:,} rows; {limit:g} allowed"
         )
         yield Check("trained = compressed, within what may be lost", drop <= high <= limit and rows > 0, said, rows)
+
+
+def _near(manifest: Manifest, runtime: str, expected: list[Any], got: list[Any]) -> Check:
+    """As an export is compared, since the runtime rounds otherwise."""
+    task = read_task(manifest.task, Path("manifest.json"))
+    found = measure(expected, got, _tolerance(manifest), labelled=any(task.labels().values()))
+    name = f"trained = served in {runtime}"
+    return Check(name, found.holds, str(found), found.probes, found.max_error)
+
+
+def _tolerance(manifest: Manifest) -> float:
+    """What an export allows that holds such layers as this model has."""
+    kinds = [one["kind"] for one in cast("dict[str, Any]", manifest.structure.get("additions", {})).values()]
+    return CODED if Int8Linear.addition in kinds else TOLERANCE
 
 
 def _exported(file: str, seen: Mapping[str, Any]) -> Check:

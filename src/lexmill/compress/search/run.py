@@ -24,7 +24,7 @@ from lexmill.compress.search.telling import Story, nearest, off, tell
 from lexmill.compress.search.trial import Ledger, Trial, fingerprint
 from lexmill.compress.search.workshop import Built, Workshop
 from lexmill.compress.sensitivity import measure_sensitivity
-from lexmill.engine import Loaded, load
+from lexmill.engine import RUNTIMES, Loaded, available_runtimes, load
 from lexmill.errors import Failure, MissingExtra, UserError
 from lexmill.evaluate import Evaluation
 from lexmill.export import export
@@ -97,11 +97,11 @@ def search(
 
 
 def _runtimes(original: Loaded) -> list[str]:
-    """Those that are installed."""
+    """Those that are installed, with what writes their format."""
     from importlib.util import find_spec
 
-    onnx = ["onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
-    return ["torch", *onnx]
+    writes = all(find_spec(name) for name in ("onnx", "onnxscript"))
+    return [name for name in available_runtimes() if writes or RUNTIMES[name].form is None]
 
 
 def _hint(explorer: Explorer) -> str:
@@ -161,11 +161,12 @@ class _Finished:
             "runtime": candidate.runtime,
         }
         last = summed_up(candidate.chain, self.final.costs, self.proof, seconds=seconds, parameters=parameters)
-        if candidate.runtime == "torch":
+        form = RUNTIMES[candidate.runtime].form
+        if form is None:
             return self._write(self.out, [*self.built.history, last])
         chosen = folder / CHOSEN
         made = self._write(chosen, [*self.built.history, last])
-        return export(made.path, self.out, "onnx").artifact
+        return export(made.path, self.out, form, runtime=candidate.runtime).artifact
 
     def _write(self, out: Path, history: Sequence[Transform]) -> Artifact:
         with create(out, discard_on_error=True) as writer:

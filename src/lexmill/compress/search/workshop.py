@@ -18,13 +18,12 @@ from lexmill.artifact import Artifact, Transform, create
 from lexmill.compress.base import Material, Step
 from lexmill.compress.chain import apply_chain, write
 from lexmill.compress.config import CompressConfig
-from lexmill.compress.measure import TOGETHER, Contestant, Cost, measure
+from lexmill.compress.measure import TOGETHER, Contestant, Cost, loaded_bytes, measure
 from lexmill.compress.proof import judge, scored
 from lexmill.compress.rows import Rows
 from lexmill.compress.search.space import AS_IT_IS, Candidate, spelled
 from lexmill.compress.search.trial import Ledger, Stage, Trial
-from lexmill.engine import Loaded, Request, Runtime, load
-from lexmill.engine.onnx_engine import OnnxEngine
+from lexmill.engine import Loaded, Request, Runtime, batch_dependence, find_runtime, load, open_engine
 from lexmill.errors import MissingExtra, UserError
 from lexmill.export import find as find_format
 from lexmill.tasks import Record
@@ -140,7 +139,7 @@ class Workshop:
         engine, rows = built.contestant.engine, self._rows.validation
         after = self._scores(engine)
         proof = judge(self._before, after, where="the rows to choose on", allowed=self._config.max_drop)
-        moved = batch_error(engine, rows[:TOGETHER_ROWS])
+        moved = batch_dependence(engine, [Request(row) for row in rows[:TOGETHER_ROWS]])
         trial = self._measured(replace(trial, proof=proof, batch_error=moved), built)
         if moved > MOST_BATCH_ERROR and trial.candidate.runtime not in self._config.goal.runtimes:
             what = f"a text's answer depends on those beside it (by {moved:.1%})"
@@ -200,31 +199,16 @@ def _briefly(step: Step) -> Step:
 @contextmanager
 def opened(loaded: Loaded, runtime: str) -> Generator[Contestant]:
     """A model in a runtime; what that needs is written into a folder that does not stay."""
-    if runtime == "torch":
-        yield Contestant.of(loaded)
+    form = find_runtime(runtime).form
+    if form is None:
+        yield Contestant(open_engine(loaded, runtime), loaded_bytes(loaded))
         return
     with tempfile.TemporaryDirectory() as folder:
-        form = find_format("onnx")
-        (file,) = form.write(loaded, Path(folder), form.Options())
+        writing = find_format(form)
+        (file,) = writing.write(loaded, Path(folder), writing.Options())
         tokenizer = len(loaded.tokenizer.to_str().encode())
         size = sum(path.stat().st_size for path in Path(folder).glob(f"{file}*"))
-        yield Contestant(OnnxEngine(loaded, file=Path(folder) / file), size + tokenizer)
-
-
-def batch_error(engine: Runtime, rows: Sequence[Record]) -> float:
-    """How far the numbers behind answers to rows asked alone are from those asked together: max|a−b| / max|b|."""
-    alone = [engine.run([Request(row)])[0] for row in rows]
-    together = engine.run([Request(row) for row in rows])
-    worst = 0.0
-    for a, b in zip(alone, together, strict=True):
-        for fault in (a, b):
-            if isinstance(fault, Exception):
-                raise fault
-        one, other = engine.task.evidence(a), engine.task.evidence(b)
-        scale = max(map(abs, other.values()), default=0.0)
-        gap = max((abs(value - other[name]) for name, value in one.items()), default=0.0)
-        worst = max(worst, gap / scale if scale else gap)
-    return worst
+        yield Contestant(open_engine(loaded, runtime, file=Path(folder) / file), size + tokenizer)
 
 
 def said(trial: Trial) -> str:

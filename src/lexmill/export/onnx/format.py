@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lexmill.engine import Loaded
-from lexmill.engine.onnx_engine import FILE, OnnxEngine
-from lexmill.engine.onnx_model import IDS, MASK, TYPES
+from lexmill.engine import Loaded, OnnxEngine, probes
+from lexmill.engine.graph_engine import FILE
+from lexmill.engine.graph_model import IDS, MASK, TYPES
 from lexmill.errors import MissingExtra
 from lexmill.export.base import Evidence, Format, register
 from lexmill.export.graphs import asked, check_beside, write_beside
+from lexmill.export.parity import CODED
 from lexmill.nn.int8 import Int8Linear
 from lexmill.tasks import Record
 
@@ -46,15 +47,7 @@ class Onnx(Format):
 
     def evidence(self, subject: Loaded, file: Path, records: Sequence[Record]) -> list[Evidence]:
         check_beside(subject, file.parent)
-        engine = OnnxEngine(subject, file=file)
-        found: list[Evidence] = []
-        for _, answer in engine.run_stream(records):
-            if isinstance(answer, Exception):
-                raise answer
-            found.append(subject.task.evidence(answer))
-        return found
+        return list(probes.evidence_of(OnnxEngine(subject, file=file), records))
 
     def tolerance(self, subject: Loaded, options: Any) -> float:
-        # Where a number falls just between two codes, rounding decides, and may decide otherwise here. A few texts are
-        # then answered noticeably differently, as they are by torch's own two kernels; most to within rounding.
-        return 0.25 if any(isinstance(layer, Int8Linear) for layer in subject.model.modules()) else 1e-5
+        return CODED if any(isinstance(layer, Int8Linear) for layer in subject.model.modules()) else 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lexmill.engine.onnx_model import IDS, MASK, POOLED, TYPES
+from lexmill.engine.graph_model import IDS, MASK, POOLED, TYPES
 from lexmill.errors import UserError
 from lexmill.export.onnx import layers, recurrent, transformer
 from lexmill.export.onnx.graph import Graph

@@ -1,8 +1,9 @@
-"""A model that ONNX Runtime computes, which tasks ask as they ask one in torch."""
+"""A model that another program computes from a graph, which tasks ask as they ask one in torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lexmill.engine.base import Work
-from lexmill.errors import MissingExtra, UserError
+from lexmill.errors import UserError
 from lexmill.nn.layout import Layout, Packed
 from lexmill.nn.pooling import Pooling
 
@@ -23,38 +24,36 @@ MOST_POSITIONS = 1.05
 """Positions a real token: sequences are run side by side as long as the shorter ones are padded no further."""
 
 
-class OnnxModel:
-    """The outputs of an ONNX file, for packed sequences.
+class GraphModel(ABC):
+    """The outputs of a graph that `export --format onnx` wrote, for packed sequences.
 
-    Args:
-        threads: of the session; as ONNX Runtime has them where None.
+    Attributes:
+        inputs: their names.
+        ranks: how many dimensions each output has.
 
     Raises:
-        MissingExtra: ONNX Runtime is not installed.
-        UserError: the file is missing, or none that it can run.
+        UserError: the file is missing.
     """
 
     device = torch.device("cpu")
+    inputs: Sequence[str]
+    ranks: Mapping[str, int]
 
-    def __init__(self, file: Path, *, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise MissingExtra("onnx", "running ONNX files") from error
+    def __init__(self, file: Path) -> None:
         if not file.is_file():
             hint = "write it with: lexmill export ARTEFACT --format onnx --out DIR"
             raise UserError("there is no such file", where=str(file), hint=hint)
-        options: Any = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session: Any = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no base class of their own
-            raise UserError(f"ONNX Runtime cannot run it: {error}", where=str(file), hint="export it again") from error
         self._where = str(file)
-        self._inputs = {one.name for one in self._session.get_inputs()}
-        self._ranks = {one.name: len(one.shape) for one in self._session.get_outputs()}
         self.work = Work()
+
+    @property
+    @abstractmethod
+    def record(self) -> Mapping[str, Any]:
+        """What computes it, for `Runtime.record`."""
+
+    @abstractmethod
+    def compute(self, names: Sequence[str], given: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """These outputs, of sequences side by side, `[seq, len]`, padded at the right."""
 
     def __call__(
         self,
@@ -66,7 +65,7 @@ class OnnxModel:
         heads: Sequence[str] | None = None,
     ) -> dict[str, Float[Tensor, "*some_rows out"]]:
         """As `Model.forward`, for packed sequences, each of which is at positions from 0 on."""
-        names = [name for name in self._ranks if name != POOLED] if heads is None else list(heads)
+        names = [name for name in self.ranks if name != POOLED] if heads is None else list(heads)
         return self._run(ids, layout, types, names)
 
     def pooled(
@@ -82,8 +81,8 @@ class OnnxModel:
         return self._run(ids, layout, types, [POOLED])[POOLED]
 
     def _run(self, ids: Tensor, layout: Layout, types: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
-        if missing := [name for name in names if name not in self._ranks]:
-            hint = f"it has: {', '.join(self._ranks)}; export the artefact again"
+        if missing := [name for name in names if name not in self.ranks]:
+            hint = f"it has: {', '.join(self.ranks)}; export the artefact again"
             raise UserError(f"the file has no output '{missing[0]}'", where=self._where, hint=hint)
         if not isinstance(layout, Packed):
             raise TypeError("it wants a packed layout")
@@ -91,8 +90,8 @@ class OnnxModel:
         for sequences in grouped(layout.lengths.numpy()):
             rows, given = self._given(ids, layout, types, sequences)
             mask = given[MASK].astype(bool)
-            for name, out in zip(names, self._session.run(list(names), given), strict=True):
-                by_token = self._ranks[name] == 3
+            for name, out in zip(names, self.compute(names, given), strict=True):
+                by_token = self.ranks[name] == 3
                 size = len(ids) if by_token else layout.num_sequences
                 whole = found.setdefault(name, np.empty((size, out.shape[-1]), out.dtype))
                 whole[rows if by_token else sequences] = out[mask] if by_token else out
@@ -108,7 +107,7 @@ class OnnxModel:
         rows = layout.rows_of(torch.from_numpy(sequences)).numpy()
         given = {MASK: mask.astype(np.int64)}
         for name, flat in ((IDS, ids), (TYPES, types)):
-            if name in self._inputs:
+            if name in self.inputs:
                 given[name] = np.zeros(mask.shape, np.int64)
                 if flat is not None:
                     given[name][mask] = flat.numpy()[rows]

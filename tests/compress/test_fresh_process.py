@@ -37,6 +37,7 @@ CHAINS: Sequence[Sequence[Step]] = (
     [Step("factorise", {"recover": False}), Step("exits", {"max_drop": 0.5, "epochs": 2})],
     [Step("distil", {"intermediate_size": 32, "recovery": _QUICK}), Step("factorise", {"recover": False})],
     [Step("int8", {"max_error": 1.0})],
+    [Step("int8", {"max_error": 1.0, "train": True, "recovery": _QUICK})],
     [Step("weights", {"dtype": "int4", "rows": 16})],
     [Step("factorise", {"recover": False}), Step("weights", {"rounding": "awq", "rows": 16})],
     [Step("vocabulary"), Step("int8", {"max_error": 1.0})],

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from tests.compress.material import assert_reloads, material_of, texts
+from tests.compress.material import assert_reloads, material_of, rows_of, texts
 from tests.small_classifier import small_classifier
 from torch import nn
 
@@ -26,7 +26,9 @@ from lexmill.evaluate import answered
 from lexmill.models import ModelConfig, Transformer
 from lexmill.models.backbone import Block
 from lexmill.nn.embedding import Int8Embedding
-from lexmill.nn.int8 import Int8Linear, kernel_for
+from lexmill.nn.fake_int8 import FakeInt8Linear, rounded
+from lexmill.nn.int8 import Grid, Int8Linear, kernel_for
+from lexmill.nn.linear import Linear
 
 
 def quantised(subject: Loaded | None = None, **options: Any) -> tuple[Loaded, dict[str, float]]:
@@ -181,3 +183,53 @@ def test_bytes_are_not_made_bytes_again() -> None:
     loaded, _ = quantised()
     with pytest.raises(UserError, match="no linear layers"):
         quantised(loaded)
+
+
+@pytest.mark.parametrize("scheme", ["static", "token"])
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_a_layer_that_rounds_in_floating_point_computes_what_bytes_do(scheme: str, smooth: float | None) -> None:
+    torch.manual_seed(0)
+    dense, x = Linear(48, 24), torch.randn(200, 48) * torch.linspace(0.1, 3, 48)
+    divisor = None if smooth is None else torch.linspace(0.2, 2, 48)
+    at = x if divisor is None else x / divisor
+    grid = Grid.over(float(at.min()), float(at.max())) if scheme == "static" else None
+    fake, real = FakeInt8Linear.over(dense, grid, divisor), Int8Linear.of(dense, grid, divisor)
+    with torch.no_grad():
+        apart = (fake(x) - real(x)).abs()
+    # One code of one input, times the largest weight, where rounding decides otherwise.
+    code = (
+        (grid.scale if grid is not None else float(at.abs().max()) / 127) * float(dense.weight.detach().abs().max()) * 2
+    )
+    assert float(apart.max()) <= 2 * code
+    assert float(apart.median()) < 1e-5
+
+
+def test_rounding_lets_gradients_through_within_the_grid_alone() -> None:
+    torch.manual_seed(0)
+    dense, x = Linear(8, 4), torch.tensor([[0.5, -0.5, 9.0, -9.0, 0.1, 0.2, 0.3, 0.4]], requires_grad=True)
+    FakeInt8Linear.over(dense, Grid.over(-1.0, 1.0)).forward(x).sum().backward()
+    assert x.grad is not None
+    inside = torch.tensor([True, True, False, False, True, True, True, True])
+    torch.testing.assert_close(x.grad[0, inside], rounded(dense.weight.detach()).sum(0)[inside])
+    assert not x.grad[0, ~inside].any()
+    assert dense.weight.grad is not None
+    assert dense.weight.grad.abs().sum() > 0
+
+
+def test_training_with_rounding_makes_up_for_what_rounding_takes() -> None:
+    subject, rows = with_outliers(200.0), rows_of(small_classifier(), 60, seed=3)
+    teacher = with_outliers(200.0)
+    material = replace(material_of(teacher, train=256), validation=())
+    bare = {"rows": 48, "rescue": False, "max_error": 10.0}
+    recovery = {"epochs": 6, "learning_rate": 3e-4, "batch_size": 16, "task_weight": 0.0}
+    method, plain = Step("int8", bare).read("step")
+    _, trained = Step("int8", {**bare, "train": True, "recovery": recovery}).read("step")
+    wanted = outputs(teacher, rows)
+    rough, _ = method.apply(with_outliers(200.0), material, plain)
+    fine, effect = method.apply(subject, material, trained)
+    assert effect["layers_trained_rounding"] == effect["layers_int8"] == 12
+    assert effect["weights_moved"] > 0
+    assert effect["divergence_after"] < effect["divergence_before"]
+    assert effect["output_error"] < 0.1  # bytes against the model that was trained to be rounded
+    assert apart(outputs(fine, rows), wanted) < 0.7 * apart(outputs(rough, rows), wanted)
+    assert not any(isinstance(one, FakeInt8Linear) for one in fine.model.modules())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, cast
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lexmill.compress.base import Material, Method, Stage, register
 from lexmill.compress.calibrate import Clip, Group, apart, grids, groups_of, is_within, outputs, reaches
+from lexmill.compress.recover import Recovery, recover
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.nn.embedding import Embedding, Int8Embedding
+from lexmill.nn.fake_int8 import FakeInt8Linear
 from lexmill.nn.int8 import Grid, Int8Linear, Scheme
 from lexmill.nn.linear import Linear
 from lexmill.tasks import Record
@@ -24,6 +26,14 @@ _MOST_SPARED = 0.5
 """Of the groups of layers; beyond that little would be gained."""
 _ALPHA = 0.5
 """Of SmoothQuant, where it is to rescue."""
+
+
+@dataclass(frozen=True)
+class Aware(Recovery):
+    """How a model is trained that rounds: shortly and with care, since it knows all but what rounding took."""
+
+    epochs: Annotated[int, Ge(1)] = 2
+    learning_rate: Annotated[float, Gt(0)] = 5e-5
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ class Int8Options:
             most sensitive layers left as they are.
         max_error: how far outputs may be from those before: the root mean square, as a share of what they vary.
         embeddings: whether tables of embeddings become bytes too.
+        train: whether the model is trained on with its layers rounding as they will (Jacob et al. 2018, section 3), as
+            `recovery` says. The grids of inputs are chosen before; nothing is rescued afterwards.
     """
 
     scheme: Scheme = "static"
@@ -53,6 +65,8 @@ class Int8Options:
     rescue: bool = True
     max_error: Annotated[float, Gt(0)] = 0.1
     embeddings: bool = True
+    train: bool = False
+    recovery: Aware = field(default_factory=Aware)
 
 
 @register
@@ -84,12 +98,15 @@ class Int8(Method):
             raise UserError("there are no rows to measure on", where="train")
         before, wanted = _bytes(subject.model), outputs(subject, rows)
         checked = outputs(subject, shown) if shown else []
-        layers = quantised(subject, rows, options)
+        layers, learnt = quantised(subject, rows, options), dict[str, float]()
+        if options.train:
+            layers, learnt = _trained(subject, material, options, layers)
+            wanted, checked = outputs(subject, rows), outputs(subject, shown) if shown else []
         tables = _put_tables(subject.model) if options.embeddings else 0
         layers.put_all()
         found = apart(outputs(subject, rows), wanted)
         # Written so that a NaN is rescued or refused too.
-        if options.rescue and not found <= options.max_error:
+        if options.rescue and not options.train and not found <= options.max_error:
             found = _rescued(subject, rows, wanted, layers, found, options, material)
         farther = max(found, apart(outputs(subject, shown), checked)) if shown else found
         if not farther <= options.max_error:
@@ -108,26 +125,72 @@ class Int8(Method):
             "bytes_before": before,
             "bytes_after": _bytes(subject.model),
         }
-        return subject, {name: float(value) for name, value in numbers.items()}
+        return subject, {name: float(value) for name, value in numbers.items()} | learnt
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """The same layers dense and in bytes, by place."""
+    """The same layers dense and in bytes, by place.
+
+    Args:
+        grids, divisors: by group what its inputs are put on and divided by, where that is the same for all rows.
+    """
 
     trunk: nn.Module
     groups: Sequence[Group]
-    dense: Mapping[str, nn.Module]
-    int8: Mapping[str, nn.Module]
+    dense: Mapping[str, Linear]
+    grids: Mapping[Group, Grid]
+    divisors: Mapping[Group, Tensor]
+    int8: Mapping[str, nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "int8", self._made(Int8Linear.of))
+
+    def _made(self, make: Callable[[Linear, Grid | None, Tensor | None], nn.Module]) -> dict[str, nn.Module]:
+        return {
+            place: make(self.dense[place], self.grids.get(group), self.divisors.get(group))
+            for group in self.groups
+            for place in group.places
+        }
+
+    def put_rounding(self) -> int:
+        """Put layers in their places that round as those in bytes do, and learn. How many."""
+        rounding = self._made(FakeInt8Linear.over)
+        for place, layer in rounding.items():
+            _put_at(self.trunk, place, layer)
+        return len(rounding)
 
     def put(self, group: Group, *, back: bool = False) -> None:
         for place in group.places:
-            parent, _, name = place.rpartition(".")
-            setattr(self.trunk.get_submodule(parent), name, (self.dense if back else self.int8)[place])
+            _put_at(self.trunk, place, (self.dense if back else self.int8)[place])
 
     def put_all(self, *, back: bool = False) -> None:
         for group in self.groups:
             self.put(group, back=back)
+
+
+def _put_at(trunk: nn.Module, place: str, layer: nn.Module) -> None:
+    parent, _, name = place.rpartition(".")
+    setattr(trunk.get_submodule(parent), name, layer)
+
+
+def _trained(
+    subject: Loaded, material: Material, options: Int8Options, layers: Swapped
+) -> tuple[Swapped, dict[str, float]]:
+    """The layers made of the matrices that were trained to be rounded, and what training did. The model rounds, but is
+    not in bytes yet."""
+    weights = [one.weight.detach().clone() for one in layers.dense.values()]
+    count = layers.put_rounding()
+    effect = recover(subject, material, options.recovery)
+    moved = sum(
+        float((one.weight.detach() - before).norm()) ** 2
+        for one, before in zip(layers.dense.values(), weights, strict=True)
+    )
+    share = (moved / sum(float(before.norm()) ** 2 for before in weights)) ** 0.5
+    if not share:
+        raise UserError("training has moved no weight", where="recovery", hint="raise the learning rate or the epochs")
+    made = Swapped(layers.trunk, layers.groups, layers.dense, layers.grids, layers.divisors)
+    return made, {"layers_trained_rounding": float(count), "weights_moved": share, **effect}
 
 
 def quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) -> Swapped:
@@ -151,12 +214,7 @@ def quantised(subject: Loaded, rows: Sequence[Record], options: Int8Options) -> 
                 divisors[group] = _divisor(reached[group], torch.cat(weights), options.smooth)
         if options.scheme == "static":
             chosen = grids(subject, rows, reached, divisors, options.clip)
-    int8 = {
-        place: Int8Linear.of(dense[place], chosen.get(group), divisors.get(group))
-        for group in groups
-        for place in group.places
-    }
-    return Swapped(trunk, groups, dense, int8)
+    return Swapped(trunk, groups, dense, chosen, divisors)
 
 
 def _divisor(reached: tuple[Tensor, Tensor], weight: Tensor, alpha: float) -> Tensor:

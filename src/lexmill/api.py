@@ -518,8 +518,8 @@ def load(path: Path | str, *, others: Sequence[Path | str] = (), engine: str | N
     """Open an artefact, its hashes checked, and load its model; with `others` an ensemble, whose answers are one.
 
     Args:
-        engine: `torch`, or `onnx` or `openvino` for an artefact that `export` wrote. Where None, what the artefact
-            names, or torch.
+        engine: `torch` or `compiled`, or `onnx` or `openvino` for an artefact that `export` wrote. Where None, what the
+            artefact names, or torch.
 
     Raises:
         UserError: where an artefact is damaged, or the others were not trained for the same answers.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.compiled_models import in_int8
 from tests.small_classifier import small_classifier, write_artifact
 
 from lexmill import api
@@ -15,8 +18,8 @@ from lexmill.artifact.manifest import FILE_NAME, parse
 from lexmill.cli.predict import predict
 from lexmill.engine import (
     RUNTIMES,
+    CompiledEngine,
     Engine,
-    Loaded,
     OpenVinoEngine,
     Request,
     TorchEngine,
@@ -27,10 +30,13 @@ from lexmill.engine import (
 )
 from lexmill.errors import MissingExtra, UserError
 from lexmill.export import export
-from lexmill.nn.int8 import Grid, Int8Linear
+from lexmill.export.parity import CODED
+from lexmill.models.exits import Exits
+from lexmill.nn.int8 import Grid
 from lexmill.serve.server import serve
 from lexmill.verify import verify
 
+ROOT = Path(__file__).parents[2]
 TEXTS = probes.probe_texts()[:32]
 REQUESTS = [Request({"question": text}) for text in TEXTS]
 
@@ -68,15 +74,6 @@ def test_openvino_says_in_which_precision_it_multiplied(exported: Artifact) -> N
     record = open_engine(exported, "openvino").record
     assert set(record["products"]) == {"f32"}
     assert record["products"]["f32"] >= 2 * 4 + 1
-
-
-def in_int8(grid: Grid | None) -> Loaded:
-    loaded = small_classifier()
-    for block in loaded.model.trunk.layers:
-        for holder, names in ((block.attention, ("query", "key", "value", "output")), (block.mlp, ("up", "down"))):
-            for name in names:
-                setattr(holder, name, Int8Linear.of(getattr(holder, name), grid))
-    return loaded
 
 
 def test_an_int8_export_runs_in_openvino(tmp_path: Path) -> None:
@@ -157,6 +154,49 @@ def test_dependence_on_the_batch_is_found(plain: Artifact) -> None:
     assert batch_dependence(Neighbourly(plain), REQUESTS) == pytest.approx(1 - 1.01 / 1.32, rel=1e-3)
     with pytest.raises(UserError, match="a record has no"):
         batch_dependence(TorchEngine(plain), [Request({"no": "text"})])
+
+
+def in_a_process(*cases: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.engine.compiled_models", *cases]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_int8_layers_do_the_same_in_a_traced_graph() -> None:
+    assert in_a_process("traced") == {"traced": True}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_answers_as_torch_does_for_any_lengths() -> None:
+    for name, told in in_a_process("dense", "int8").items():
+        # What lies between bytes is summed otherwise for one text than for several, and may fall on the next code.
+        allowed = CODED if name == "int8" else 1e-5
+        assert told["off"] <= allowed
+        assert told["moved"] <= allowed
+        assert (told["graphs"], told["eager"], told["breaks"]) == (2, 0, {})
+        assert told["operators"] > 100
+        assert told["products"] == told["expected_products"]
+        assert told["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_what_torch_cannot_compile_is_left_as_it_is_and_told() -> None:
+    told = in_a_process("lstm")["lstm"]
+    assert told["off"] <= 1e-5
+    assert told["operators"] > 0
+    assert told["breaks"]
+
+
+def test_what_is_not_compiled_is_refused(plain: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = small_classifier()
+    early.model.trunk.exits = Exits(32, "label", [1], early.model.heads["label"].shape, threshold=0.9)
+    with pytest.raises(UserError, match="a model with early exits is not compiled"):
+        CompiledEngine(early)
+    monkeypatch.setenv("PATH", "")
+    assert "compiled" not in available_runtimes(plain)
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        open_engine(plain, "compiled")
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from lexmill.cli import output
 Engine = Annotated[
     str | None,
     typer.Option(
-        "--engine", help="torch, or onnx or openvino for what export wrote; what the artefact names otherwise."
+        "--engine",
+        help="torch or compiled, or onnx or openvino for what export wrote; what the artefact names otherwise.",
     ),
 ]
 

@@ -26,8 +26,8 @@ class Goal:
         prefer: among what meets all that, that which loses the least (`accuracy`), answers a stream the fastest
             (`speed`) or is the smallest (`size`). Where None, `accuracy` where a cost is bounded and `speed` otherwise.
         without: methods that are not to be used.
-        runtimes: what candidates may be run in; all that are installed where empty. One that is named is used even
-            where its answers depend on the batch.
+        runtimes: what candidates may be run in; all that are installed and quick to open where empty. One that is
+            named is used even where its answers depend on the batch.
         epochs: of training, in place of each method's own.
         budget_minutes: the most that is spent on candidates; all of them where None.
     """

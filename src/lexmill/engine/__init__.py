@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lexmill.engine.base import Cancelled, Engine, Expired, Overloaded, Request, Work
 from lexmill.engine.batcher import Batcher
+from lexmill.engine.compiled_engine import CompiledEngine
 from lexmill.engine.dependence import batch_dependence
 from lexmill.engine.ensemble import Ensemble
 from lexmill.engine.loaded import Loaded, load
@@ -17,6 +18,7 @@ __all__ = [
     "RUNTIMES",
     "Batcher",
     "Cancelled",
+    "CompiledEngine",
     "Engine",
     "Ensemble",
     "Expired",

@@ -66,7 +66,10 @@ class GraphEngine(Runtime):
                 hint = "run it in torch"
                 raise UserError("an artefact with several adapters has no graph", where=str(artifact.path), hint=hint)
         self._graph = self._opened(graph, threads)
-        super().__init__(Loaded(task, cast("Model", self._graph), tokenizer, name), token_budget or TOKEN_BUDGET)
+        super().__init__(
+            Loaded(task, cast("Model", self._graph), tokenizer, name),
+            TOKEN_BUDGET if token_budget is None else token_budget,
+        )
 
     @classmethod
     @abstractmethod

@@ -44,6 +44,8 @@ class Runtime(ABC):
     """What manifests and `--engine` call it."""
     form: ClassVar[str | None] = None
     """The format of export that it runs; None where it runs the artefact's own model."""
+    slow_to_open: ClassVar[bool] = False
+    """Whether opening takes so long that it is for who asks for it."""
     packages: ClassVar[tuple[str, ...]] = ()
     """What it imports beside what Lexmill needs anyway."""
 

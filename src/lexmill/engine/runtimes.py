@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lexmill.artifact import Artifact
+from lexmill.engine.compiled_engine import CompiledEngine
 from lexmill.engine.loaded import Loaded
 from lexmill.engine.onnx_engine import OnnxEngine
 from lexmill.engine.openvino_engine import OpenVinoEngine
@@ -24,6 +25,9 @@ class Kind(Protocol):
     @property
     def form(self) -> str | None: ...
 
+    @property
+    def slow_to_open(self) -> bool: ...
+
     def __call__(
         self,
         source: Artifact | Path | str | Loaded,
@@ -39,7 +43,7 @@ class Kind(Protocol):
     def takes(self, artifact: Artifact) -> bool: ...
 
 
-RUNTIMES: Mapping[str, Kind] = {one.runtime: one for one in (TorchEngine, OnnxEngine, OpenVinoEngine)}
+RUNTIMES: Mapping[str, Kind] = {one.runtime: one for one in (TorchEngine, CompiledEngine, OnnxEngine, OpenVinoEngine)}
 DEFAULT = TorchEngine.runtime
 
 

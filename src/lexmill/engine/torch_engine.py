@@ -50,8 +50,7 @@ class TorchEngine(Runtime):
         if file is not None:
             raise ValueError("this runtime reads the model of an artefact, and no other file")
         where = torch.device(device)
-        if token_budget is None:
-            token_budget = CPU_TOKEN_BUDGET if where.type == "cpu" else GPU_TOKEN_BUDGET
+        token_budget = budget_for(where) if token_budget is None else token_budget
         if threads is not None:
             torch.set_num_threads(threads)
         loaded = source if isinstance(source, Loaded) else load(source)
@@ -94,6 +93,11 @@ class TorchEngine(Runtime):
         computed = tokens - round((trunk.exited_rows - exited) / len(trunk.layers))
         self._work = Work(self._work.tokens + tokens, self._work.positions + computed)
         return answers
+
+
+def budget_for(device: torch.device) -> int:
+    """The most tokens of a forward pass that suit a device."""
+    return CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET
 
 
 def products_of(model: nn.Module) -> dict[str, int]:

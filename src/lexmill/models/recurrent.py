@@ -176,8 +176,9 @@ class Recurrent(Trunk):
         cache: Cache | None,
         collect: list[dict[str, Tensor]] | None,
     ) -> Float[Tensor, "tok dim"]:
-        self.layer_rows += len(x) * len(layers)
-        self.known_rows += len(x) * layers.start
+        if not torch.compiler.is_compiling():
+            self.layer_rows += len(x) * len(layers)
+            self.known_rows += len(x) * layers.start
         if cache is not None and not isinstance(cache, RecurrentCache):
             raise TypeError("a recurrent trunk needs a recurrent cache")
         steps = layout.plan_for(layout, "steps", lambda: _Steps.of(layout))

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any, ClassVar, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -93,6 +95,8 @@ class _Product:
 
     def __post_init__(self) -> None:
         device = self.codes.device
+        self.number = next(_NUMBERS)
+        _IN_GRAPHS[self.number] = self
         zero = _MIDDLE if self.grid is None else self.grid.zero
         self._offset = torch.tensor(zero + 0.5, device=device)
         self._no_zeros = torch.zeros(len(self.codes), dtype=torch.int32, device=device)
@@ -149,6 +153,39 @@ class _Product:
         if onto is None:
             return wide
         return (wide / onto.scale).round_().add_(onto.zero).clamp_(0, LEVELS).to(torch.uint8)
+
+
+_NUMBERS = count()
+_IN_GRAPHS: WeakValueDictionary[int, _Product] = WeakValueDictionary()
+"""Products by the numbers that compiled graphs know them by: what oneDNN packed is nothing that a graph can hold."""
+_OPERATORS = torch.library.Library("lexmill", "DEF")
+_OPERATORS.define("int8_product(Tensor x, int number, int outputs) -> Tensor")
+_OPERATORS.define("int8_feed_forward(Tensor x, int up, int down, str activation, int outputs) -> Tensor")
+
+
+def _product_in_graph(x: Tensor, number: int, outputs: int) -> Tensor:
+    product = _IN_GRAPHS[number]
+    return product.multiply(product.read(x))
+
+
+def _feed_forward_in_graph(x: Tensor, up: int, down: int, activation: Activation, outputs: int) -> Tensor:
+    first, second = _IN_GRAPHS[up], _IN_GRAPHS[down]
+    assert second.grid is not None
+    return second.multiply(Codes(first.multiply(first.read(x), activation, second.grid), *second.grid))
+
+
+def _product_shape(x: Tensor, number: int, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+def _feed_forward_shape(x: Tensor, up: int, down: int, activation: str, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+_OPERATORS.impl("int8_product", _product_in_graph, "CompositeExplicitAutograd")
+_OPERATORS.impl("int8_feed_forward", _feed_forward_in_graph, "CompositeExplicitAutograd")
+torch.library.register_fake("lexmill::int8_product", _product_shape, lib=_OPERATORS)
+torch.library.register_fake("lexmill::int8_feed_forward", _feed_forward_shape, lib=_OPERATORS)
 
 
 class _Ready(dict[int, _Product]):
@@ -215,6 +252,10 @@ class Int8Linear(nn.Module, Addition, Joint):
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         return self.together([self], input)
 
+    def in_graph(self, layers: int = 1) -> _Product | None:
+        """The product of so many layers that a graph is to call, where one is traced and it was made ready before."""
+        return self._ready.get(layers) if torch.compiler.is_compiling() else None
+
     def product(self, layers: Sequence[Int8Linear]) -> _Product:
         """The product of the same rows with the matrices of these, of which this is the first; made ready once."""
         found = self._ready.get(len(layers))
@@ -226,6 +267,10 @@ class Int8Linear(nn.Module, Addition, Joint):
         return found
 
     def together(self, layers: Sequence[Int8Linear], x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        found = self.in_graph(len(layers))
+        if found is not None:
+            outputs = sum(layer.out_features for layer in layers)
+            return _shaped(torch.ops.lexmill.int8_product(_rows(x), found.number, outputs), x)
         product = self.product(layers)
         return _shaped(product.multiply(product.read(_rows(x))), x)
 
@@ -274,6 +319,16 @@ def feed_forward(
     up: Int8Linear, activation: Activation, down: nn.Module, x: Float[Tensor, "*rows dim"]
 ) -> Float[Tensor, "*rows dim"]:
     """`down(act(up(x)))`; where `down` has one grid for all, what lies between is written on that grid at once."""
+    if (
+        isinstance(down, Int8Linear)
+        and not is_hooked(down)
+        and down.grid is not None
+        and down.divisor is None
+        and (above := up.in_graph()) is not None
+        and (below := down.in_graph()) is not None
+    ):
+        numbers = above.number, below.number
+        return _shaped(torch.ops.lexmill.int8_feed_forward(_rows(x), *numbers, activation, down.out_features), x)
     first = up.product([up])
     rows = first.read(_rows(x))
     if not isinstance(down, Int8Linear) or is_hooked(down) or down.grid is None or down.divisor is not None:

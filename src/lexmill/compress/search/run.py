@@ -65,9 +65,8 @@ def search(
     watch.note("how much every layer matters")
     subject = load(artifact)
     sensitivity = measure_sensitivity(subject, material.sample(SENSITIVITY_ROWS), follow)
-    explorer = Explorer(
-        workshop, subject, [one for one in goal.runtimes or runtimes if one != "torch"], goal, config.max_drop
-    )
+    tried = goal.runtimes or [name for name in runtimes if not RUNTIMES[name].slow_to_open]
+    explorer = Explorer(workshop, subject, [one for one in tried if one != "torch"], goal, config.max_drop)
     explorer.run(finishes(goal, sensitivity), sensitivity)
     found = explorer.meeting()
     if not found:
@@ -171,6 +170,10 @@ class _Finished:
     def _write(self, out: Path, history: Sequence[Transform]) -> Artifact:
         with create(out, discard_on_error=True) as writer:
             write(writer, self.built.loaded, self.source, self.rows, self.evaluation, history)
+            runtime = self.final.trial.candidate.runtime
+            if RUNTIMES[runtime].form is None and runtime != "torch":
+                assert writer.manifest is not None
+                writer.manifest = writer.manifest.model_copy(update={"runtime": runtime})
             record = {**self.told, "proof": self.proof.to_dict()}
             writer.path(RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             try:

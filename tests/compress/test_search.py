@@ -8,16 +8,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.compress.material import rows_of, texts
 from tests.small_classifier import small_classifier, write_artifact
 
 from lexmill.cli.compress import SIZES, SPANS, TIMES, quantity
-from lexmill.compress import CompressConfig, CompressResult, Files, Goal, compress
+from lexmill.compress import CompressConfig, CompressResult, Files, Goal, Step, compress
+from lexmill.compress.chain import own_steps
+from lexmill.compress.measure import Cost
+from lexmill.compress.proof import judge
+from lexmill.compress.search.space import Candidate
+from lexmill.compress.search.telling import nearest
 from lexmill.compress.search.trial import PROOFS, TRIALS, Trial, front
 from lexmill.compress.sensitivity import Sensitivity, measure_sensitivity
-from lexmill.engine import Loaded, TorchEngine
+from lexmill.engine import RUNTIMES, Loaded, TorchEngine, open_engine
 from lexmill.engine.loaded import load
 from lexmill.errors import Failure, UserError
 from lexmill.evaluate import answered
@@ -152,6 +158,23 @@ def test_all_that_helps_is_put_together_where_little_room_is_given(tmp_path: Pat
     assert found.after.bytes <= 85_000
 
 
+def test_another_runtime_is_chosen_and_written_down(tmp_path: Path) -> None:
+    goal = Goal(size_mb=0.3, without=(*TRAINED, "vocabulary", "weights"), runtimes=("onnx", "openvino"))
+    again = search(tmp_path, small_classifier(), goal)
+    assert again.search is not None
+    names = {one["name"]: one for one in again.search["trials"]}
+    assert sum(names["int8 in openvino"]["ran"]["products"].values()) > 0
+    assert names["int8 in torch"]["ran"]["products"]
+    assert names["int8 in onnx"]["batch_error"] < 1e-3
+    chosen = again.search["chosen"]["candidate"]["runtime"]
+    assert (again.artifact.manifest.runtime or "torch") == chosen
+    if RUNTIMES[chosen].form is not None:
+        assert again.artifact.file("onnx/model.onnx").is_file()
+    assert [one.name for one in own_steps(again.artifact.manifest)] == ["int8"]
+    asked = [{"question": text} for text in texts(8, seed=5)]
+    assert len(answered(open_engine(again.artifact), asked)[1]) == 8
+
+
 def test_what_is_out_of_reach_says_what_came_nearest(tmp_path: Path) -> None:
     goal = Goal(size_mb=0.001, without=("vocabulary", "weights", *TRAINED), runtimes=("torch",))
     with pytest.raises(Failure, match="none of 3 candidates reaches the goal") as caught:
@@ -163,10 +186,18 @@ def test_what_is_out_of_reach_says_what_came_nearest(tmp_path: Path) -> None:
     assert (tmp_path / "out.search" / TRIALS).is_file()
 
 
-def test_too_few_rows_say_how_many_would_do(tmp_path: Path) -> None:
-    goal = Goal(size_mb=0.15, without=("vocabulary", "weights", *TRAINED), runtimes=("torch",))
-    with pytest.raises(Failure, match=r"about [\d,]+ rows (to choose on|are needed)"):
-        search(tmp_path, small_classifier(), goal, max_drop=0.04, rows=100)
+def test_too_few_rows_say_how_many_would_do() -> None:
+    before = np.repeat([1.0, 0.0], [90, 10])
+    after = np.repeat([1.0, 0.0, 1.0], [87, 11, 2])  # three lost, two won
+    proof = judge(before, after, where="rows", allowed=0.02)
+    cost = Cost(bytes=1_000_000, p50_ms=1.0, p99_ms=2.0, texts_per_second=100.0, spread=1.0)
+    trial = Trial(Candidate(None, (Step("int8"),)), "tried", 1.0, proof, cost, cost)
+    assert proof.rows_needed is not None
+    assert proof.rows_needed > 100
+    said = nearest([trial], {"distil": "no time"}, CompressConfig(max_drop=0.02, goal=Goal(size_mb=2)))
+    assert "nearest of those that keep the bounds: int8 in torch, loses +0.0100" in said
+    assert f"about {proof.rows_needed:,} rows to choose on would show" in said
+    assert "without distil: no time" in said
 
 
 def test_a_spent_budget_is_gone_on_with(tmp_path: Path) -> None:

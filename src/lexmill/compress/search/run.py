@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -70,7 +71,11 @@ def search(
     explorer.run(finishes(goal, sensitivity), sensitivity)
     found = explorer.meeting()
     if not found:
-        raise Failure(nearest(explorer, config), where=str(ledger.folder), hint=_hint(explorer))
+        raise Failure(
+            nearest(list(explorer.trials.values()), explorer.left_out, config),
+            where=str(ledger.folder),
+            hint=_hint(explorer),
+        )
     final = _final(workshop, explorer, config, watch)
     story = Story(config, explorer, sensitivity, final.trial, final.ranked, time.perf_counter() - began)
     with workshop.built(final.trial.candidate) as built:
@@ -164,6 +169,7 @@ class _Finished:
         if form is None:
             return self._write(self.out, [*self.built.history, last])
         chosen = folder / CHOSEN
+        shutil.rmtree(chosen, ignore_errors=True)  # of an earlier goal
         made = self._write(chosen, [*self.built.history, last])
         return export(made.path, self.out, form, runtime=candidate.runtime).artifact
 

@@ -136,10 +136,10 @@ def rows(trials: Sequence[Trial], marked: str = "") -> list[str]:
     return lines
 
 
-def nearest(explorer: Explorer, config: CompressConfig) -> str:
+def nearest(trials: Sequence[Trial], left_out: Mapping[str, str], config: CompressConfig) -> str:
     """What to say where nothing reached the goal: what came nearest, and how far it was off."""
-    tried = [one for one in explorer.trials.values() if one.cost is not None and one.proof is not None]
-    said = [f"none of {len(explorer.trials)} candidates reaches the goal ({bounds(config)})"]
+    tried = [one for one in trials if one.cost is not None and one.proof is not None]
+    said = [f"none of {len(trials)} candidates reaches the goal ({bounds(config)})"]
     held = [one for one in tried if one.holds]
     if held:
         near = min(held, key=lambda one: sum(_missed(one, config.goal).values()))
@@ -154,8 +154,8 @@ def nearest(explorer: Explorer, config: CompressConfig) -> str:
         said.append(f"nearest of those that keep the bounds: {near.candidate.name}, {lost}{why}")
         if near.proof.rows_needed is not None:
             said.append(f"about {near.proof.rows_needed:,} rows to choose on would show that loss to be within it")
-    if explorer.left_out:
-        said.append("; ".join(f"without {name}: {why}" for name, why in sorted(explorer.left_out.items())))
+    if left_out:
+        said.append("; ".join(f"without {name}: {why}" for name, why in sorted(left_out.items())))
     return "\n".join(said)
 
 

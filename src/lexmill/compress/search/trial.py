@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class Trial:
         cost: as it would have been beside the first trial (`Cost.beside`); None where it was refused.
         reference: of the model as it was, in the first trial.
         refused: why it is none that could be chosen.
+        ran: what computed it, such as the precision of its products; see `Runtime.record`.
         batch_error: how far a text's numbers alone are from those among others, as max|a−b| / max|b|.
     """
 
@@ -43,6 +44,7 @@ class Trial:
     reference: Cost | None = None
     refused: str | None = None
     batch_error: float = 0.0
+    ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def holds(self) -> bool:
@@ -61,6 +63,7 @@ class Trial:
             "reference": self.reference and self.reference.to_dict(),
             "refused": self.refused,
             "batch_error": self.batch_error,
+            "ran": dict(self.ran),
         }
 
     @classmethod
@@ -75,6 +78,7 @@ class Trial:
             reference and Cost.from_dict(reference),
             stated["refused"],
             stated["batch_error"],
+            stated["ran"],
         )
 
 

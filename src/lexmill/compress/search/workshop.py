@@ -150,7 +150,8 @@ class Workshop:
         costs = self.compare({"after": built.contestant}, rounds=ROUNDS)
         first = self._ledger.known(AS_IT_IS, "tried")
         before = costs["before"] if first is None or first.reference is None else first.reference
-        return replace(trial, cost=costs["after"].beside(before, costs["before"]), reference=before)
+        cost = costs["after"].beside(before, costs["before"])
+        return replace(trial, cost=cost, reference=before, ran=dict(built.contestant.engine.record))
 
     def _scores(self, engine: Runtime) -> Float[np.ndarray, "row"]:
         scores, _ = scored(engine, self._rows.validation)

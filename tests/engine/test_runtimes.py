@@ -30,7 +30,7 @@ from lexmill.engine import (
 )
 from lexmill.errors import MissingExtra, UserError
 from lexmill.export import export
-from lexmill.export.parity import CODED
+from lexmill.export.parity import CODED, LEAST_AGREEMENT
 from lexmill.models.exits import Exits
 from lexmill.nn.int8 import Grid
 from lexmill.serve.server import serve
@@ -79,7 +79,7 @@ def test_openvino_says_in_which_precision_it_multiplied(exported: Artifact) -> N
 def test_an_int8_export_runs_in_openvino(tmp_path: Path) -> None:
     write_artifact(in_int8(Grid.over(-4.0, 4.0)), tmp_path / "small")
     artifact = export(tmp_path / "small", tmp_path / "out", runtime="openvino").artifact
-    assert artifact.manifest.history[-1].effect["openvino/label_agreement"] == 1.0
+    assert artifact.manifest.history[-1].effect["openvino/label_agreement"] >= LEAST_AGREEMENT
     engine = open_engine(artifact)
     # OpenVINO widens the bytes of `MatMulInteger`: the day it does not, this shall be known.
     assert set(engine.record["products"]) == {"f32"}

@@ -69,6 +69,8 @@ SHORT: Mapping[str, Mapping[str, Any]] = {
     "width": {**_PRUNED, "keep": 0.7},
 }
 """A little of every method there is."""
+FOR_DECODERS = ("kv_int8",)
+"""Of which `test_kv_cache.py` tests the same."""
 NOTHING_LEFT = (("distil", "distil"), ("vocabulary", "vocabulary"))
 """What the first of them has done to the full."""
 
@@ -84,7 +86,7 @@ def test_every_chain_answers_the_same_in_a_fresh_process(tmp_path: Path) -> None
 
 
 def test_every_method_and_every_legal_pair_answers_the_same_in_a_fresh_process(tmp_path: Path) -> None:
-    assert sorted(SHORT) == known()
+    assert sorted([*SHORT, *FOR_DECODERS]) == known()
     teacher = small_classifier(layers=4)
     material, made = material_of(teacher, train=32), list[Loaded]()
     material = replace(material, validation=material.validation[:16])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.compress.decoders import GPT2, LLAMA, small_decoder
 from tests.compress.material import assert_reloads, material_of
 from tests.small_classifier import small_classifier
 from torch import Tensor
@@ -16,7 +17,7 @@ from lexmill.compress import Step
 from lexmill.compress.weights_rounding import awq, decoded, gptq, lost
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
-from lexmill.models import Model, ModelConfig, greedy
+from lexmill.models import greedy
 from lexmill.models.recurrent import RecurrentConfig
 from lexmill.nn.embedding import Int8Embedding
 from lexmill.nn.int8 import Int8Linear
@@ -103,40 +104,6 @@ def test_an_encoder_is_smaller_and_read_again_as_it_was(
     assert effect["bits_per_weight"] <= bits
     assert 0 < effect["layer_error"] <= effect["layer_error_largest"] < 0.2
     assert_reloads(loaded, tmp_path)
-
-
-def small_decoder(family: str, **changes: Any) -> Model:
-    shape: dict[str, Any] = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "head_dim": 16,
-        "intermediate_size": 128,
-        "max_positions": 64,
-        "causal": True,
-        "tied_output": True,
-        "initializer_range": 0.2,
-        **changes,
-    }
-    model = models.init(ModelConfig(**shape), family, 0)
-    model.add_language_head("lm")
-    return model.eval()
-
-
-LLAMA = {
-    "norm": "rms",
-    "norm_place": "pre",
-    "positions": "rotary",
-    "gated": True,
-    "activation": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "embedding_norm": False,
-    "final_norm": True,
-}
-GPT2 = {"norm_place": "pre", "positions": "learned", "embedding_norm": False, "final_norm": True}
 
 
 @pytest.mark.parametrize(("family", "changes"), [("llama", LLAMA), ("gpt2", GPT2)])

@@ -161,7 +161,7 @@ def test_cache_holds_every_sequence_in_order_and_grows(steps):
     assert rows[:, 0, 0].tolist() == [x for one in told for x in one]
     cache.keep(torch.tensor([2, 0]))
     assert cache.lengths.tolist() == [len(told[2]), len(told[0])]
-    assert cache.layers[0].values[0, : len(told[2]), 0, 0].tolist() == [-x for x in told[2]]
+    assert cache.layers[0].values.first(len(told[2]))[0, :, 0, 0].tolist() == [-x for x in told[2]]
 
 
 def test_cache_refuses_tokens_of_another_number_of_sequences():

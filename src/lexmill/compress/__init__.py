@@ -6,6 +6,7 @@ from lexmill.compress.config import CompressConfig, Goal
 from lexmill.compress.distil import Distil
 from lexmill.compress.exits import EarlyExits
 from lexmill.compress.factorise import Factorise
+from lexmill.compress.kv_cache import KVInt8
 from lexmill.compress.prune import Heads, HiddenWidth, Layers, Neurons
 from lexmill.compress.quantise import Int8
 from lexmill.compress.rows import Files
@@ -25,6 +26,7 @@ __all__ = [
     "Heads",
     "HiddenWidth",
     "Int8",
+    "KVInt8",
     "Layers",
     "Material",
     "Method",

@@ -165,6 +165,7 @@ class Transformer(Trunk):
         super().__init__()
         self.config: ModelConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.exits = None
+        self.coded_cache: nn.Module | None = None
         self._straight: Straight | None = None
         self.fan_in = config.initializer_fan_in
         self.embeddings: Embeddings = Embeddings(config)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -342,7 +343,8 @@ class Transformer(Trunk):
         """An empty cache for this many sequences, in the precision and on the device of the weights."""
         like = self.embeddings.token.like
         shapes = [(self.config.layer(i).num_kv_heads, self.config.head_dim) for i in range(self.config.num_layers)]
-        return KVCache(shapes, num_sequences, capacity, like.dtype, like.device)
+        coded = self.coded_cache is not None
+        return KVCache(shapes, num_sequences, capacity, like.dtype, like.device, coded=coded)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
         initialise(self, self.config.initializer_range, generator, fan_in=self.fan_in)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
 
+from lexmill.nn.addition import Addition, register_addition
 from lexmill.nn.layout import Dense, Layout, Packed
+
+_MOST = 127
+_LEAST = 1e-30
 
 
 class Cache(ABC):
@@ -22,29 +27,97 @@ class Cache(ABC):
         """Go on with these sequences only."""
 
 
-class LayerCache:
-    """One layer's keys and values, `[seq, capacity, kv_head, dim]`; its owner says where new tokens go."""
+class Vectors:
+    """Vectors of tokens, `[seq, capacity, kv_head, dim]`, as they are."""
 
-    def __init__(self, owner: KVCache, keys: Tensor, values: Tensor) -> None:
-        self.owner = owner
-        self.keys: Float[Tensor, "seq capacity kv_head dim"] = keys
-        self.values: Float[Tensor, "seq capacity kv_head dim"] = values
+    def __init__(self, stored: Shaped[Tensor, "seq capacity kv_head dim"]) -> None:
+        self.stored = stored
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.stored[0, 0].nbytes
+
+    def put(self, where: tuple[Any, Any], new: Shaped[Tensor, "*rows kv_head dim"]) -> None:
+        """Store new vectors at these sequences and places."""
+        self.stored[where] = new
+
+    def first(self, width: int) -> Shaped[Tensor, "seq width kv_head dim"]:
+        """Those of the first tokens of every sequence."""
+        return self.stored[:, :width]
+
+    def keep(self, index: Int[Tensor, "kept"], filled: int) -> None:
+        """Go on with these sequences only, of which so many tokens are known."""
+        self.stored = _chosen(self.stored, index, filled)
+
+    def grow(self, extra: int) -> None:
+        """Make room for so many tokens more."""
+        seq, _, *rest = self.stored.shape
+        self.stored = torch.cat([self.stored, self.stored.new_zeros(seq, extra, *rest)], 1)
+
+
+class Int8Vectors(Vectors):
+    """Vectors as bytes, each with a scale of its own, that reaches as far as it does; read again in the precision that
+    they came in. A scale has 8 bits of mantissa, and numbers are put on what it really is."""
+
+    def __init__(self, like: Float[Tensor, "seq capacity kv_head dim"]) -> None:
+        self._dtype = like.dtype
+        self._codes = Vectors(torch.zeros_like(like, dtype=torch.int8))
+        self._scales = Vectors(torch.zeros_like(like[..., :1], dtype=torch.bfloat16))
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self._codes.bytes_per_token + self._scales.bytes_per_token
+
+    def put(self, where: tuple[Any, Any], new: Float[Tensor, "*rows kv_head dim"]) -> None:
+        wide = new.float()
+        scales = (wide.abs().amax(-1, keepdim=True) / _MOST).clamp_min(_LEAST).to(torch.bfloat16)
+        self._scales.put(where, scales)
+        self._codes.put(where, (wide / scales.float()).round().clamp_(-_MOST, _MOST).to(torch.int8))
+
+    def first(self, width: int) -> Float[Tensor, "seq width kv_head dim"]:
+        return self._codes.first(width).to(self._dtype) * self._scales.first(width).to(self._dtype)
+
+    def keep(self, index: Int[Tensor, "kept"], filled: int) -> None:
+        self._codes.keep(index, filled)
+        self._scales.keep(index, filled)
+
+    def grow(self, extra: int) -> None:
+        self._codes.grow(extra)
+        self._scales.grow(extra)
+
+
+@register_addition
+class CodedCache(nn.Module, Addition):
+    """Says that what a trunk keeps of tokens already seen is bytes; it has no tensors and computes nothing."""
+
+    addition: ClassVar[str] = "kv_int8"
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def build(cls, place: nn.Module | None, described: Mapping[str, Any]) -> CodedCache:
+        return cls()
+
+
+class LayerCache:
+    """One layer's keys and values; its owner says where new tokens go."""
+
+    def __init__(self, owner: KVCache, keys: Vectors, values: Vectors) -> None:
+        self.owner, self.keys, self.values = owner, keys, values
 
     def extend(
         self, keys: Float[Tensor, "tok kv_head dim"], values: Float[Tensor, "tok kv_head dim"]
     ) -> tuple[Float[Tensor, "*rows kv_head dim"], Float[Tensor, "*rows kv_head dim"], Layout]:
         """Store new tokens; returns all keys and values so far and their layout."""
         owner = self.owner
-        if owner.column is None:
-            self.keys[owner.rows, owner.columns] = keys
-            self.values[owner.rows, owner.columns] = values
-        else:
-            self.keys[:, owner.column] = keys
-            self.values[:, owner.column] = values
+        where = (owner.rows, owner.columns) if owner.column is None else (slice(None), owner.column)
+        self.keys.put(where, keys)
+        self.values.put(where, values)
         if isinstance(owner.key_layout, Packed):
             return keys, values, owner.key_layout
         width = owner.key_layout.mask.shape[1]
-        return self.keys[:, :width], self.values[:, :width], owner.key_layout
+        return self.keys.first(width), self.values.first(width), owner.key_layout
 
 
 class KVCache(Cache):
@@ -56,6 +129,7 @@ class KVCache(Cache):
         shapes: (kv_heads, head_dim) of each layer.
         num_sequences: how many sequences decode together.
         capacity: tokens a sequence that fit before the first growth.
+        coded: whether keys and values are kept as bytes.
     """
 
     def __init__(
@@ -65,9 +139,12 @@ class KVCache(Cache):
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        *,
+        coded: bool = False,
     ) -> None:
-        def empty(kv_heads: int, dim: int) -> Tensor:
-            return torch.zeros(num_sequences, capacity, kv_heads, dim, dtype=dtype, device=device)
+        def empty(kv_heads: int, dim: int) -> Vectors:
+            vectors = torch.zeros(num_sequences, capacity, kv_heads, dim, dtype=dtype, device=device)
+            return Int8Vectors(vectors) if coded else Vectors(vectors)
 
         self.capacity = capacity
         self.device = device or torch.device("cpu")
@@ -99,6 +176,11 @@ class KVCache(Cache):
             self.key_layout = Dense(mask.to(self.device), full=shortest == longest)
 
     @property
+    def bytes_per_token(self) -> int:
+        """Of the keys and values of all layers."""
+        return sum(layer.keys.bytes_per_token + layer.values.bytes_per_token for layer in self.layers)
+
+    @property
     def is_empty(self) -> bool:
         """Whether no sequence has a token in it."""
         return not bool(self.lengths.any())
@@ -112,23 +194,22 @@ class KVCache(Cache):
         index, filled = sequences.to(self.device), int(self.lengths.max())
         self.lengths = self.lengths[sequences]
         for layer in self.layers:
-            layer.keys, layer.values = (_chosen(stored, index, filled) for stored in (layer.keys, layer.values))
+            layer.keys.keep(index, filled)
+            layer.values.keep(index, filled)
 
     def _reserve(self, needed: int) -> None:
         if needed <= self.capacity:
             return
         grown = max(needed, 2 * self.capacity)
         for layer in self.layers:
-            seq, _, heads, dim = layer.keys.shape
-            extra = layer.keys.new_zeros(seq, grown - self.capacity, heads, dim)
-            layer.keys = torch.cat([layer.keys, extra], 1)
-            layer.values = torch.cat([layer.values, extra], 1)
+            layer.keys.grow(grown - self.capacity)
+            layer.values.grow(grown - self.capacity)
         self.capacity = grown
 
 
 def _chosen(
-    stored: Float[Tensor, "seq capacity kv_head dim"], index: Int[Tensor, "kept"], filled: int
-) -> Float[Tensor, "kept capacity kv_head dim"]:
+    stored: Shaped[Tensor, "seq capacity kv_head dim"], index: Int[Tensor, "kept"], filled: int
+) -> Shaped[Tensor, "kept capacity kv_head dim"]:
     """These sequences in the place of the first ones, where there are so many; only what is filled moves."""
     moved = stored[:, :filled].index_select(0, index)
     fits = len(index) <= len(stored)

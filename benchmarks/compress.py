@@ -33,7 +33,7 @@ from measure import Worker, interleave, ratio, save, work
 from quality import SETS
 
 CHAINS: Mapping[str, Sequence[str]] = {
-    "banking77": ("vocabulary", "distil,layers=3", "int8"),
+    "banking77": ("vocabulary", "distil,layers=2,recovery.epochs=18", "int8"),
     "twitter_fin_sentiment": ("vocabulary", "distil,layers=3", "int8"),
     "waimai_10k": ("vocabulary", "distil,layers=4", "int8"),
 }

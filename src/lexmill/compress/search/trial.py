@@ -176,12 +176,12 @@ class Ledger:
 
 
 def _read(file: Path) -> list[Trial]:
-    """The trials in a file; a last line that was cut off is left out."""
+    """The trials in a file; what cannot be read, such as a last line that was cut off, is left out and tried again."""
     found: list[Trial] = []
     for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
         try:
             found.append(Trial.from_dict(json.loads(line)))
-        except ValueError:
+        except (ValueError, KeyError):  # KeyError: of an earlier version
             continue
     return found
 

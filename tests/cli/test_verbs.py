@@ -150,7 +150,7 @@ def test_fit_for_machines_and_in_silence(work: Path, short: Fit) -> None:
 
 def test_an_interrupted_fit_goes_on_where_it_stood(work: Path, short: Fit) -> None:
     (work / "train.jsonl").write_text(jsonl(rows(100)))
-    many = [*short, "--epochs", "10", "--batch-size", "4", "--set", "train.checkpoint_every=25"]
+    many = [*short, "--epochs", "10", "--batch-size", "4", "--set", "train.checkpoint_every=5"]
     with subprocess.Popen(command(*many), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not list(work.glob("out.partial/checkpoints/step-*[0-9]")):
             assert running.poll() is None, running.communicate()

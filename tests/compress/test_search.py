@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.compress.material import rows_of, texts
 from tests.small_classifier import small_classifier, write_artifact
 
 from lexmill.cli.compress import SIZES, SPANS, TIMES, quantity
-from lexmill.compress import CompressConfig, CompressResult, Files, Goal, Step, compress
+from lexmill.compress import CompressConfig, CompressResult, Files, Goal, Step, compress, measure
 from lexmill.compress.chain import own_steps
 from lexmill.compress.measure import Cost
 from lexmill.compress.proof import judge
@@ -34,8 +34,13 @@ TRAINED = ("distil", "neurons", "heads", "layers", "width", "factorise", "exits"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
+def quick() -> Iterator[None]:
+    """One thread, and fewer texts to be timed: nothing here depends on times."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "ALONE", 4)
+        patch.setattr(measure, "TOGETHER", 32)
+        yield
 
 
 def with_idle_layers() -> Loaded:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from measure import Worker, interleave, ratio, save, table, work
+from peers import with_lora
 
 BATCH, STEPS, EPOCHS, MAX_LENGTH = 32, 50, 4, 128
 Method = Literal["full", "lora", "lora-upper"]
@@ -196,14 +197,7 @@ def trainer(case: Case, strategy: str) -> Callable[[], Mapping[str, Any]]:
             hidden_dropout_prob=case.dropout, attention_probs_dropout_prob=case.dropout,
         )  # fmt: skip
         if case.method != "full":
-            from peft import LoraConfig, get_peft_model
-
-            layers = range(model.config.num_hidden_layers)
-            lora = LoraConfig(
-                r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS",
-                layers_to_transform=list(layers[len(layers) // 2 :]) if case.method == "lora-upper" else None,
-            )  # fmt: skip
-            model = get_peft_model(model, lora)
+            model = with_lora(model, model.config.num_hidden_layers // 2 if case.method == "lora-upper" else None)
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(

@@ -17,6 +17,21 @@ from lexmill.data import open_source
 from lexmill.fit import FitConfig, model_directory
 
 
+def with_lora(model: Any, upper: int | tuple[int, ...] | None, *, rank: int = 8, alpha: float = 16.0) -> Any:
+    """The classifier with `peft`'s matrices at queries and values, in so many upper layers or in all."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = range(model.config.num_hidden_layers)
+    chosen = list(layers[-upper:]) if isinstance(upper, int) else upper and list(upper)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank, lora_alpha=int(alpha), target_modules=["query", "value"], task_type="SEQ_CLS",
+            layers_to_transform=chosen,
+        ),
+    )  # fmt: skip
+
+
 def classify(config: FitConfig) -> dict[str, float]:
     """Test accuracy of the Hugging Face Trainer with dynamic padding, after the last epoch."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
@@ -51,6 +66,8 @@ def classify(config: FitConfig) -> dict[str, float]:
         ("hidden_dropout_prob", "attention_probs_dropout_prob"), train.dropout
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(names), **given)
+    if config.adapt.method == "lora":
+        model = with_lora(model, config.adapt.layers, rank=config.adapt.rank, alpha=config.adapt.alpha)
     with tempfile.TemporaryDirectory() as folder:
         steps = -(-len(learnt) // train.batch_size) * train.epochs
         arguments = Arguments(

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from e5 import e5_small
+from lexmill.adapt import AdaptConfig
 from lexmill.config import load
 from lexmill.data import banking77
 from lexmill.fit import DataConfig, FitConfig, fit
@@ -43,6 +44,19 @@ def waimai(seed: int, dropout: float | None) -> FitConfig:
     data = DataConfig(folder / "train.jsonl.xz", test=folder / "test.jsonl.xz")
     train = TrainConfig(seed=seed, dropout=dropout, epochs=3, learning_rate=1e-4, warmup=0.1)
     return FitConfig(data, model=str(e5_small()), train=train)
+
+
+def by_lora(
+    make: Callable[[int, float | None], FitConfig], *, epochs: int, upper: int | None = None
+) -> Callable[[int, float | None], FitConfig]:
+    """The same with low-rank matrices at queries and values, r = 8, in every layer or in so many upper ones."""
+
+    def made(seed: int, dropout: float | None) -> FitConfig:
+        config = make(seed, dropout)
+        train = replace(config.train, epochs=epochs, learning_rate=2e-3)
+        return replace(config, adapt=AdaptConfig("lora", layers=upper), train=train)
+
+    return made
 
 
 def of_recipe(name: str, *, e5: bool = False) -> Callable[[int, float | None], FitConfig]:
@@ -83,6 +97,10 @@ SETS: dict[str, tuple[Callable[[int, float | None], FitConfig], float | None]] =
     "policyqa": (of_recipe("policyqa"), None),
     "cmrc2018": (of_recipe("cmrc2018", e5=True), None),
     "wnut17": (of_recipe("wnut17"), None),
+    "banking77_lora": (by_lora(bank, epochs=8), None),
+    "banking77_lora_upper": (by_lora(bank, epochs=8, upper=3), None),
+    "waimai_10k_lora": (by_lora(waimai, epochs=3), None),
+    "waimai_10k_lora_upper": (by_lora(waimai, epochs=3, upper=6), None),
     "cluener2020": (of_recipe("cluener2020", e5=True), None),
 }
 

@@ -76,15 +76,25 @@ def test_texts_of_the_corpus_are_split_as_before_and_others_are_spelled(kind: st
 def test_without_single_characters_less_is_kept() -> None:
     whole = trained("wordpiece")
     seen = {index for one in whole.encode_batch(CORPUS[:1]) for index in one.ids}
-    bare, spelling = (trim(whole, seen, characters=keep) for keep in (False, True))
+    bare, spelling = (trim(whole, seen, characters=keep) for keep in ("none", "all"))
     assert len(seen) <= len(bare.old_ids) < len(spelling.old_ids)
+
+
+@pytest.mark.parametrize("prefix", ["", "▁"])
+def test_characters_of_scripts_that_do_not_occur_go_too(prefix: str) -> None:
+    pieces = ["<unk>", *(prefix + one for one in ("hi", "h", "i", "ñ", "好", "吗", "한", "ด", "7", "?", "★", "🙂"))]
+    whole = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    wanted = [pieces.index(prefix + "hi"), pieces.index(prefix + "好")]
+    kept = trim(whole, wanted).tokenizer.get_vocab()
+    assert set(pieces) - set(kept) == {prefix + "한", prefix + "ด"}
+    assert set(trim(whole, wanted, characters="all").tokenizer.get_vocab()) == set(pieces)
 
 
 def test_unknown_characters_weigh_as_much_as_before() -> None:
     scores = {"<unk>": 0.0, "ab": -1.0, "cd": -1.0, "a": -15.0, "bXc": -15.0, "d": -15.0, "rare": -50.0}
     whole = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
     corpus = ["abXcd", "ab", "cd"]
-    trimmed = trim(whole, {index for one in whole.encode_batch(corpus) for index in one.ids}, characters=False)
+    trimmed = trim(whole, {index for one in whole.encode_batch(corpus) for index in one.ids}, characters="none")
     for text in corpus:
         assert trimmed.tokenizer.encode(text).tokens == whole.encode(text).tokens
 

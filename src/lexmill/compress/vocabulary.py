@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from lexmill.compress.base import Material, Method, Stage, register
 from lexmill.data import open_source
 from lexmill.data.batch import Example
-from lexmill.data.tokenizer_trimming import Trimmed, trim
+from lexmill.data.tokenizer_trimming import Characters, Trimmed, trim
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model
@@ -38,14 +38,14 @@ class VocabularyOptions:
             column `text`, or plain lines.
         min_count: how often a piece must occur in all of them to be kept.
         size: keep no more than so many pieces that occur, the most frequent ones; None for all of them.
-        characters: whether single characters and bytes are kept though they do not occur, so that what has lost its
-            pieces can be spelled.
+        characters: which single characters are kept though they do not occur, so that what has lost its pieces can be
+            spelled: those of the scripts that do (signs, digits and bytes too), all, or none.
     """
 
     texts: tuple[str, ...] = ()
     min_count: Annotated[int, Ge(1)] = 1
     size: Annotated[int, Ge(1)] | None = None
-    characters: bool = True
+    characters: Characters = "scripts"
 
 
 @register
@@ -80,7 +80,7 @@ class Vocabulary(Method):
         trimmed = trim(subject.tokenizer, _chosen(counts, options).tolist(), characters=options.characters)
         after = len(trimmed.old_ids)
         if after >= before:
-            hint = "raise min_count, or set size; with characters = false single characters go too"
+            hint = "raise min_count, or set size; with characters=none single characters go too"
             raise UserError(f"all {before:,} pieces are wanted", where="vocabulary", hint=hint)
         outside = subject.task.encode(unseen, subject.tokenizer, labelled=False)
         _cut(subject.model, trimmed)

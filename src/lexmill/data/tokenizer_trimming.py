@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from lexmill.errors import UserError
+
+Characters = Literal["scripts", "all", "none"]
+"""Which single characters a trimmed tokenizer keeps though they were not wanted: those of the scripts of what was
+(signs, digits and bytes too), all, or none."""
 
 
 class Trimmed(NamedTuple):
@@ -20,9 +25,9 @@ class Trimmed(NamedTuple):
     old_ids: Int[np.ndarray, "new"]
 
 
-def trim(tokenizer: Tokenizer, wanted: Iterable[int], *, characters: bool = True) -> Trimmed:
-    """Keep these pieces, those that special tokens and merges need, and, with `characters`, every single character and
-    byte, so that what has lost its pieces can still be spelled.
+def trim(tokenizer: Tokenizer, wanted: Iterable[int], *, characters: Characters = "scripts") -> Trimmed:
+    """Keep these pieces, those that special tokens and merges need, and single characters, so that what has lost its
+    pieces can still be spelled.
 
     A text whose pieces are all kept is split into the same ones: a greedy or a most likely split does not change where
     other candidates go, and of merges all those stay that lead to a piece that is kept. One exception: a word that
@@ -40,8 +45,11 @@ def trim(tokenizer: Tokenizer, wanted: Iterable[int], *, characters: bool = True
     by_id = _pieces(model, kind)
     added = {int(one["id"]) for one in state["added_tokens"]}
     kept = {index for index in wanted if index in by_id} | added | _named(state, by_id)
-    if characters:
-        kept |= {index for index, piece in by_id.items() if _is_single(piece, model)}
+    if characters != "none":
+        seen = {_script(one) for index in kept if index in by_id for one in by_id[index]}
+        every = characters == "all" or kind == "BPE"  # whose characters may stand for bytes
+        singles = {index: bare for index, piece in by_id.items() if len(bare := _bare(piece, model)) <= 1}
+        kept |= {index for index, bare in singles.items() if every or not bare or _script(bare) in {None, *seen}}
     if kind == "BPE":
         kept |= _parts(model, by_id, kept)
     old = sorted(kept)
@@ -73,11 +81,15 @@ def _named(state: Mapping[str, Any], by_id: Mapping[int, str]) -> set[int]:
     }
 
 
-def _is_single(piece: str, model: Mapping[str, Any]) -> bool:
-    """Whether a piece is one character, whatever sign it has of where it stands in a word."""
+def _bare(piece: str, model: Mapping[str, Any]) -> str:
+    """A piece without the signs of where it stands in a word."""
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    bare = piece.removeprefix(prefix).removesuffix(suffix).removeprefix("▁")
-    return len(bare) <= 1
+    return piece.removeprefix(prefix).removesuffix(suffix).removeprefix("▁")
+
+
+def _script(character: str) -> str | None:
+    """The script of a letter, which its Unicode name begins with ("CJK", "LATIN"); None for what is no letter."""
+    return unicodedata.name(character, "").partition(" ")[0] if character.isalpha() else None
 
 
 def _parts(model: Mapping[str, Any], by_id: Mapping[int, str], kept: set[int]) -> set[int]:

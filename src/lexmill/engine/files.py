@@ -29,7 +29,7 @@ def write_model(writer: Writer, loaded: Loaded, source: Path) -> None:
     for name, content in loaded.task.files(loaded.model).items():
         writer.path(name).write_text(content, "utf-8")
     loaded.tokenizer.no_truncation()
-    loaded.tokenizer.save(str(writer.path("tokenizer.json")))
+    loaded.tokenizer.save(str(writer.path("tokenizer.json")), pretty=False)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             writer.path(name).write_text(with_ids(loaded.tokenizer, (source / name).read_text("utf-8")), "utf-8")

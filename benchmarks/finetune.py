@@ -3,7 +3,8 @@
 All take the same model, data, batch size, optimiser and dropout, each in a process of its own. A turn is one window of
 50 batches, so that every turn holds every length of text. With `--method lora` all train low-rank matrices (r = 8,
 query and value), the peer by `peft`; with `lora-upper` in the upper half of the layers alone. Lexmill then keeps what
-the lower half makes of the texts, without dropout there, and its turn is four whole epochs, that first pass included.
+the lower half makes of the texts, without dropout there, and its turn is four whole epochs, that first pass included;
+the peers of `lora`, with matrices in every layer, run too.
 `--data waimai_10k --model e5` takes Chinese reviews and multilingual-e5-small. `--precision bf16` lets all make their
 products in bfloat16. With a GPU all run there, in bf16.
 """
@@ -34,8 +35,8 @@ Method = Literal["full", "lora", "lora-upper"]
 CUDA = torch.cuda.is_available()
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LEAST = {("full", 0.0): (3.2, 1.5), ("full", 0.1): (2.8, 1.3), ("lora", 0.1): (3.5, 1.9), ("lora-upper", 0.1): (6, 3)}
-"""By method and dropout: how many times the Trainer's speed with dynamic padding, and with `group_by_length`; of
-MiniLM on BANKING77."""
+"""By method and dropout: how many times the Trainer's speed with dynamic padding, and with `group_by_length`, of MiniLM
+on BANKING77; for `lora-upper` of the Trainer that adapts every layer, as for `lora`."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def kept(case: Case, window: int) -> Callable[[], Mapping[str, Any]]:
     return turn
 
 
-def trainer(case: Case, strategy: str) -> Callable[[], Mapping[str, Any]]:
-    """A window of the Hugging Face Trainer."""
+def trainer(case: Case, strategy: str, *, every_layer: bool = False) -> Callable[[], Mapping[str, Any]]:
+    """A window of the Hugging Face Trainer; LoRA in every layer, if asked, where the case has it in the upper half."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -197,7 +198,8 @@ def trainer(case: Case, strategy: str) -> Callable[[], Mapping[str, Any]]:
             hidden_dropout_prob=case.dropout, attention_probs_dropout_prob=case.dropout,
         )  # fmt: skip
         if case.method != "full":
-            model = with_lora(model, model.config.num_hidden_layers // 2 if case.method == "lora-upper" else None)
+            upper = case.method == "lora-upper" and not every_layer
+            model = with_lora(model, model.config.num_hidden_layers // 2 if upper else None)
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -218,31 +220,38 @@ CONTESTANTS: dict[str, Callable[[Case], Callable[[], Mapping[str, Any]]]] = {
     "lexmill, length windows": lambda case: (kept if case.method == "lora-upper" else lexmill)(case, 50),
     "hf trainer, dynamic padding": lambda case: trainer(case, "random"),
     "hf trainer, group_by_length": lambda case: trainer(case, "group_by_length"),
+    "hf trainer, dynamic padding, every layer": lambda case: trainer(case, "random", every_layer=True),
+    "hf trainer, group_by_length, every layer": lambda case: trainer(case, "group_by_length", every_layer=True),
 }
 
 
 def compare(case: Case, rounds: int) -> dict[str, Any]:
-    workers = {name: Worker(__file__, json.dumps({"name": name, "case": asdict(case)})) for name in CONTESTANTS}
+    upper = case.method == "lora-upper"
+    names = [name for name in CONTESTANTS if upper or not name.endswith("every layer")]
+    workers = {name: Worker(__file__, json.dumps({"name": name, "case": asdict(case)})) for name in names}
     rates = interleave(workers, rounds)
     facts = workers["lexmill"].facts
     memory = {name: worker.facts["peak_memory"] for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
     table(rates, "examples/s")
-    dynamic = ratio(rates, "lexmill", "hf trainer, dynamic padding")
-    grouped = ratio(rates, "lexmill", "hf trainer, group_by_length")
+    peers = ("hf trainer, dynamic padding", "hf trainer, group_by_length")
+    alike = [ratio(rates, "lexmill", name) for name in peers]
+    dynamic, grouped = [ratio(rates, "lexmill", f"{name}, every layer") for name in peers] if upper else alike
     known = LEAST.get((case.method, case.dropout)) if (case.data, case.model) == ("banking77", "minilm") else None
     least = [f" (at least {times})" if known else "" for times in known or ("", "")]
     print(
         f"{case.method}, {case.precision}, dropout {case.dropout}: {dynamic:.2f}x dynamic padding{least[0]}, "
-        f"{grouped:.2f}x group_by_length{least[1]}; ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, "
+        f"{grouped:.2f}x group_by_length{least[1]}"
+        + (f" of every layer, {alike[0]:.2f}x and {alike[1]:.2f}x of the upper half" if upper else "")
+        + f"; ceiling {facts['ceiling_gflops']:.0f} GFLOP/s, "
         f"share {facts['ceiling_share']:.0%}, {facts['positions_per_token']:.2f} positions a token; peak memory in MB: "
         + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items()),
         flush=True,
     )
     return {
         "examples_per_second": rates, "times_dynamic_padding": dynamic, "times_group_by_length": grouped,
-        "peak_memory_by_contestant": memory, **facts,
+        "times_peers_alike": alike, "peak_memory_by_contestant": memory, **facts,
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from quality import SETS
 CHAINS: Mapping[str, Sequence[str]] = {
     "banking77": ("vocabulary", "distil,layers=2,recovery.epochs=18", "int8"),
     "twitter_fin_sentiment": ("vocabulary", "distil,layers=3", "int8"),
-    "waimai_10k": ("vocabulary", "distil,layers=4", "int8"),
+    "waimai_10k": ("vocabulary,min_count=2", "distil,layers=4,recovery.epochs=18", "int8"),
 }
 STREAM, ALONE, BATCHES = 1024, 100, (16, 32)
 HERE, RUNS = Path(__file__).parent, Path(__file__).resolve().parents[1] / "runs"

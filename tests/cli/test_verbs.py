@@ -156,7 +156,7 @@ def test_an_interrupted_fit_goes_on_where_it_stood(work: Path, short: Fit) -> No
             assert running.poll() is None, running.communicate()
         running.send_signal(signal.SIGINT)
         _, err = running.communicate()
-    assert running.returncode == 130
+    assert running.returncode == 130, err
     assert err.endswith("interrupted\n")
     assert not (work / "out").exists()
     refused(lexmill(*many), "out.partial", "--resume")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,40 @@ def test_the_token_budget_changes_nothing_but_the_cut() -> None:
         trainer(TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3, token_budget=budget)).run(events.append)
         losses.append([event["loss"] for event in events])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_the_run_at_the_next_step(tmp_path: Path) -> None:
+    """What arrives in a finaliser is printed and forgotten by Python."""
+
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    steps: list[int] = []
+
+    def emit(event: Mapping[str, Any]) -> None:
+        if event["phase"] == "train":
+            steps.append(event["step"])
+            if event["step"] == 3:
+                Interrupted()
+
+    run = trainer(replace(CONFIG, checkpoint_every=2), store=Store(tmp_path, keep=1))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(emit)
+    assert steps == [0, 1, 2, 3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again = trainer(replace(CONFIG, checkpoint_every=2), store=Store(tmp_path, keep=1))
+    assert again.resume()
+    again.run(emit)
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_interrupt_is_left_to_a_program_that_handles_it() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        result = trainer().run(lambda event: signal.raise_signal(signal.SIGINT) if event["step"] == 1 else None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.steps, came) == (6, [signal.SIGINT])

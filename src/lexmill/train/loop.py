@@ -25,6 +25,7 @@ from lexmill.train.average import Average
 from lexmill.train.checkpoint import Store
 from lexmill.train.companion import Companion
 from lexmill.train.config import TrainConfig
+from lexmill.train.interrupt import interruptible
 from lexmill.train.kept import Dataset, HeadStart
 from lexmill.train.optimizer import Optimizer
 from lexmill.train.passes import Losses, Passes, RDrop, once, plain
@@ -186,12 +187,14 @@ class Trainer:
         """
         meter = _Meter(self.model, self.data, self.config, self.progress, self.start.layers)
         self.model.train()
-        while self.progress.step < self.total_steps and not self.progress.stopped:
-            result = self.step()
-            done = self.companion.after_update(self.progress.step, self.total_steps) if self.companion else {}
-            emit({**self._event(result, meter.update(result)), **done})
-            self.progress.step += 1
-            self._between_steps(emit)
+        with interruptible() as raise_if_interrupted:
+            while self.progress.step < self.total_steps and not self.progress.stopped:
+                result = self.step()
+                done = self.companion.after_update(self.progress.step, self.total_steps) if self.companion else {}
+                emit({**self._event(result, meter.update(result)), **done})
+                self.progress.step += 1
+                self._between_steps(emit)
+                raise_if_interrupted()
         self.optimizer.close()
         acted = self._acted()
         if self._best:

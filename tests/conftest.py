@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from jaxtyping import install_import_hook
 
 # Two workers share two cores; two-threaded processes on top of them would wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that puts a command in the background has it ignore SIGINT, and its children with it; tests interrupt some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports these rooms: every call in every test is then checked against the shapes of its signature.
 install_import_hook(["lexmill.nn", "lexmill.models"], "beartype.beartype")

@@ -15,6 +15,8 @@ import torch
 
 from lexmill.data import open_source
 from lexmill.fit import FitConfig, model_directory
+from lexmill.metrics.answers import answer_scores, mostly_chinese
+from lexmill.tasks.answer import AnswerOptions, best_span
 
 
 def with_lora(model: Any, upper: int | tuple[int, ...] | None, *, rank: int = 8, alpha: float = 16.0) -> Any:
@@ -156,4 +158,78 @@ def tag(config: FitConfig) -> dict[str, float]:
     return {"f1": float(f1_score(gold, said))}
 
 
-OF_TASK = {"classify": classify, "embed": embed, "tag": tag}
+def answer(config: FitConfig) -> dict[str, float]:
+    """Exact match and F1 on the test rows of the Hugging Face Trainer, with windows as Lexmill cuts them; the span of
+    the largest sum of two logits over a row's windows answers it, of at most as many tokens."""
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer
+    from transformers import TrainingArguments as Arguments
+    from transformers import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    train, directory, options = config.train, model_directory(config.model), AnswerOptions(**config.options)
+    assert config.data.test is not None
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    read = {file: [row.values for row in open_source(file)] for file in (config.data.train, config.data.test)}
+
+    def windows(rows: list[dict[str, Any]]) -> tuple[Any, list[int]]:
+        found = tokenizer(
+            [row["question"] for row in rows], [row["context"] for row in rows], truncation="only_second",
+            max_length=options.max_length, stride=options.stride, return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )  # fmt: skip
+        return found, found["overflow_to_sample_mapping"]
+
+    def spans_of(found: Any, index: int) -> list[tuple[int, int] | None]:
+        """Of each token, its characters in the context; None for others."""
+        return [
+            span if owner == 1 else None
+            for span, owner in zip(found["offset_mapping"][index], found.sequence_ids(index), strict=True)
+        ]
+
+    def learnt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found, owners = windows(rows)
+        made: list[dict[str, Any]] = []
+        for index, owner in enumerate(owners):
+            first = rows[owner]["answers"][0]
+            begin, end = first["start"], first["start"] + len(first["text"])
+            spans = spans_of(found, index)
+            touched = [i for i, span in enumerate(spans) if span and span[1] > begin and span[0] < end]
+            there = [span for span in spans if span]
+            whole = touched and there[0][0] <= begin and there[-1][1] >= end
+            low, high = (touched[0], touched[-1]) if whole else (0, 0)
+            made.append({"input_ids": found["input_ids"][index], "start_positions": low, "end_positions": high})
+        return made
+
+    rows = learnt(read[config.data.train])
+    torch.manual_seed(train.seed)
+    model = AutoModelForQuestionAnswering.from_pretrained(directory)
+    asked = read[config.data.test]
+    found, owners = windows(asked)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = -(-len(rows) // train.batch_size) * train.epochs
+        arguments = Arguments(
+            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
+            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
+            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=16, bf16=train.precision == "bf16",
+            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))  # pyright: ignore
+        trainer.train()
+        starts, ends = trainer.predict([{"input_ids": ids} for ids in found["input_ids"]]).predictions  # pyright: ignore
+    best: list[tuple[float, str]] = [(-np.inf, "")] * len(asked)
+    for index, owner in enumerate(owners):
+        inside = [(i, span) for i, span in enumerate(spans_of(found, index)) if span]
+        logits = np.stack([one[index][[i for i, _ in inside]] for one in (starts, ends)], -1)
+        value, low, high = best_span(logits, options.max_answer_length)
+        (first, _), (_, last) = inside[low][1], inside[high][1]
+        best[owner] = max(best[owner], (value, asked[owner]["context"][first:last].strip()))
+    chinese = mostly_chinese([row["question"] for row in asked])
+    scores = [
+        answer_scores(text, [one["text"] for one in row["answers"]], chinese=chinese)
+        for (_, text), row in zip(best, asked, strict=True)
+    ]
+    exact, f1 = np.mean(scores, axis=0)
+    return {"f1": float(f1), "exact_match": float(exact)}
+
+
+OF_TASK = {"classify": classify, "embed": embed, "tag": tag, "answer": answer}

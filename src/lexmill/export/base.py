@@ -55,7 +55,6 @@ class Format(ABC):
 _FORMATS: dict[str, Format] = {}
 _ABSENT = {
     "litert": "its converter, litert-torch, is there for Python 3.11 but has not been tried on these models",
-    "executorch": "its converter, executorch, is there for Python 3.11 but has not been tried on these models",
 }
 """Formats that one may look for, and why there is nothing that writes them."""
 F = TypeVar("F", bound=Format)

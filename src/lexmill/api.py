@@ -414,6 +414,12 @@ def augment(
     rows = (row.values for row in source)
     if (there is None) != (back is None):
         raise UserError("back-translation needs two artefacts", where="augment", hint="give --there and --back")
+    if there is not None and (synonyms is not None or copies != 1):
+        hint = "leave out --there and --back, or the others"
+        raise UserError("texts that are translated are not edited: copies and synonyms do nothing", hint=hint)
+    if synonyms is not None and "synonym" not in edits:
+        hint = "give --how synonym too, or leave out --synonyms"
+        raise UserError("no edit uses the file of synonyms", where=str(synonyms), hint=hint)
     if there is not None and back is not None:
         steps = (load(there), load(back))
         made = rewrite(rows, column, lambda texts: _translated(steps, texts), "back-translation")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.models.oracle import Texts, gap, reference, stored
 from torch.nn import functional as F
 
@@ -179,6 +180,32 @@ def test_an_adapter_that_cannot_be_represented_is_refused(base, tmp_path, change
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         load_adapter(classifier(base), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert.embeddings.word_embeddings.lora_embedding_A", "bert.encoder.layer.0.x.lora_B.bias"]
+)
+def test_a_tensor_that_has_no_place_is_an_error_and_not_left_out(base, tmp_path, name):
+    model = classifier(base)
+    adapt(model, AdaptConfig("lora"))
+    save_adapter(model, tmp_path, str(base))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{name}": torch.ones(3)}, file)
+    with pytest.raises(UserError, match=f"'base_model.model.{name}' has no place"):
+        load_adapter(classifier(base), tmp_path)
+
+
+def test_chosen_layers_alone_leave_a_table_that_a_head_shares_as_it_is(tmp_path):
+    model = load(stored(reference("Llama", tie_word_embeddings=True), tmp_path))
+    model.add_language_head("lm")
+    adapt(model, AdaptConfig("full", layers=1))
+    assert not model.trunk.embeddings.token.weight.requires_grad
+    assert model.untrained_layers() == len(model.trunk.layers) - 1
+
+
+def test_a_run_without_trained_weights_in_the_trunk_does_not_say_that_it_moved(base):
+    assert "trunk_moved" not in adapt(classifier(base), AdaptConfig("frozen")).effect()
+    assert adapt(classifier(base), AdaptConfig("lora")).effect()["trunk_moved"] == 0
 
 
 def test_an_adapter_of_another_model_or_none_at_all_is_refused(base, tmp_path):

@@ -239,6 +239,12 @@ def _added(model: Model) -> int:
         (AdaptConfig("adalora", initial_rank=8), "adapt.initial_rank"),
         (AdaptConfig("adalora", tinit=0.5, tfinal=0.5), "adapt.tinit"),
         (AdaptConfig("full", base_bits=4), "adapt.base_bits"),
+        (AdaptConfig("full", layers=2, base_bits=4), "adapt.base_bits"),
+        (AdaptConfig("full", rank=4), "adapt.rank"),
+        (AdaptConfig("lora", width=3), "adapt.width"),
+        (AdaptConfig("lora", double_quant=False), "adapt.double_quant"),
+        (AdaptConfig("lora", tinit=0.2), "adapt.tinit"),
+        (AdaptConfig("bitfit", targets=("key",)), "adapt.targets"),
     ],
 )
 def test_what_would_do_nothing_is_an_error_at_its_key(base: Base, config: AdaptConfig, where: str) -> None:

@@ -37,7 +37,8 @@ def effect_of(artifact: Artifact) -> dict[str, float]:
 def test_what_cannot_be_merged_answers_from_the_artefact_as_it_was_trained(
     method: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    adapting = AdaptConfig(method, width=8, tokens=6)  # pyright: ignore[reportArgumentType]
+    size = {"width": 8} if method == "bottleneck" else {"tokens": 6}
+    adapting = AdaptConfig(method, **size)  # pyright: ignore[reportArgumentType]
     config = replace(recipe(), adapt=adapting, options={"max_length": 96})
     said: list[str] = []
     artifact = fit(config, tmp_path / "out", watch=Watch(note=said.append)).artifact
@@ -110,6 +111,16 @@ def test_ranks_move_between_layers_and_the_record_shows_it(recipe: Recipe, tmp_p
     assert events[-1]["orthogonality"] < events[0]["orthogonality"]
     pattern = json.loads((artifact.path / "adapters/default/adapter_config.json").read_text())["rank_pattern"]
     assert sorted(sum(kept) for kept in pattern.values()) == sorted(ranks.values())
+
+
+def test_the_best_epoch_is_one_whose_ranks_are_within_their_budget(recipe: Recipe, tmp_path: Path) -> None:
+    adapting = AdaptConfig("adalora", rank=2, targets=TARGETS, initial_rank=4, tinit=0.3)
+    # A rate so high that later epochs are worse.
+    train = {"epochs": 5, "learning_rate": 0.5, "patience": 1}
+    config = replace(recipe(train_=train, data_={"validation_fraction": 0.3}), adapt=adapting)
+    effect = effect_of(fit(config, tmp_path / "out").artifact)
+    assert effect["rank_total"] == effect["rank_total_before"] / 2
+    assert effect["best_epoch"] >= 4
 
 
 class Stop(Exception):

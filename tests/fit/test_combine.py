@@ -181,3 +181,13 @@ def test_a_base_with_heads_of_its_own_answers_without_an_adapter(recipe: Recipe,
     alone = engine.run([Request({"text": TEXTS[0]})])[0]
     np.testing.assert_allclose(plain["label"], alone["label"], rtol=1e-4, atol=1e-5)
     assert np.abs(plain["label"] - adapted["label"]).max() > 1e-3
+
+
+def test_an_adapter_over_rounded_matrices_is_refused_and_says_why(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    rounded = recipe(model=str(model), adapt=replace(LORA, base_bits=4), train_={"learning_rate": 2e-2})
+    fit(rounded, tmp_path / "rounded")
+    with pytest.raises(UserError, match="over rounded matrices"):
+        lm.combine(model, {"one": tmp_path / "rounded"}, out=tmp_path / "out")
+    with pytest.raises(UserError, match="over rounded matrices"):
+        lm.export(tmp_path / "rounded", format="peft", out=tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ def test_keeping_can_be_turned_off(recipe: Recipe, tmp_path: Path) -> None:
     found, notes = run(config, tmp_path / "out")
     assert found.training["positions_per_token"] >= 1
     assert not any("keeping" in note for note in notes)
+
+
+def test_a_task_that_changes_its_texts_goes_without_and_insisting_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(adapt=AdaptConfig(**UPPER), train_={"epochs": 2})
+    masked = replace(config, task="pretrain", options={"objective": "masked", "max_length": 16})
+    found, notes = run(masked, tmp_path / "out")
+    assert "kept_bytes" not in found.training
+    assert any("changes its texts from epoch to epoch" in note for note in notes)
+    with pytest.raises(UserError, match="changes its texts from epoch to epoch"):
+        run(replace(masked, adapt=AdaptConfig(**UPPER, keep_activations=True)), tmp_path / "other")

@@ -58,6 +58,7 @@ def test_values_and_ranges_are_read() -> None:
         ("train.epochs=6..2", "holds nothing"),
         ("train.learning_rate=0..1:log", "holds nothing"),
         ("train.epochs=two..three", "'two' is not a number"),
+        ("train.learning_rate=1e-5..1e-3:logarithmic", "no scale 'logarithmic'"),
     ],
 )
 def test_other_values_are_refused(given: str, says: str) -> None:
@@ -82,7 +83,7 @@ def test_the_best_of_several_runs_is_kept_tested_and_written_down(place: Path, t
     assert len(set(values)) > 1
     assert found.best["train.learning_rate"] == 3e-3
     assert json.loads((out / "search.json").read_text())["best"] == found.best
-    assert {path.name for path in out.iterdir()} == {"best", "search.json", "study.log"}
+    assert {path.name for path in out.iterdir()} == {"asked.json", "best", "search.json", "study.log"}
     artifact = lm.load(out / "best").artifact
     chosen = artifact.manifest.history[-1].parameters["train"]
     assert chosen["learning_rate"] == 3e-3
@@ -112,6 +113,25 @@ def test_two_processes_search_together(place: Path, tmp_path: Path) -> None:
     )
     assert len(found.trials) == 4
     assert (tmp_path / "out" / "best" / "manifest.json").is_file()
+
+
+def test_another_search_does_not_go_on_in_the_same_folder(place: Path, tmp_path: Path) -> None:
+    out, space = tmp_path / "out", {"train.learning_rate": [1e-3, 3e-3]}
+    given: dict[str, Any] = {"out": out, "model": place / "bert", "set": COMMON}
+    lm.search(place / "train.jsonl", space=space, trials=1, **given)
+    before = (out / "study.log").read_bytes()
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((place / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    for data, changed, says in (
+        (place / "train.jsonl", {"space": {"train.learning_rate": [1e-3, 1e-2]}}, "other space: train.learning_rate"),
+        (place / "train.jsonl", {"space": space, "set": {**COMMON, "train.epochs": 3}}, "other settings: train.epochs"),
+        (fewer, {"space": space}, "other data: train has changed"),
+    ):
+        with pytest.raises(UserError, match=says):
+            lm.search(data, trials=2, resume=True, **{**given, **changed})
+    assert (out / "study.log").read_bytes() == before
+    found = lm.search(place / "train.jsonl", space=space, trials=2, resume=True, **given)
+    assert len(found.trials) == 2
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def silent(event: Mapping[str, Any]) -> None:
 def trainer(store: Path | None = None, *, count: int = 24, **changes: Any) -> Trainer:
     model, data = tiny_bert(), rows(count)
     task = classifier(data, model)
+    model.set_dropout(changes.get("dropout", 0.0))
     examples = InMemory(task, task.encode(data, tokenizer(), labelled=True))
     config = TrainConfig(**{"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, **changes})
     return Trainer(model, task, examples, config, store=None if store is None else Store(store, 2))
@@ -252,6 +253,38 @@ def test_freelb_stays_within_its_reach_and_climbs() -> None:
     assert not model.trunk.embeddings.token._forward_hooks
 
 
+def test_a_prefix_in_front_does_not_hide_where_sequences_begin() -> None:
+    model, task, batch = prepared()
+    adapt(model, AdaptConfig("prefix", tokens=3))
+    model.train().set_dropout(0.0)
+    losses, acted = accumulate(model, task, [batch], seed=0, manner=Manner(passes=FGM(0.1)))
+    assert math.isfinite(losses["label"])
+    assert acted["adversarial_gain"] > 0
+
+
+def test_what_passes_and_losses_say_does_not_depend_on_how_a_batch_is_cut() -> None:
+    model, task, _ = prepared()
+    model.double().train().set_dropout(0.0)
+    examples = task.encode(rows(7), tokenizer(), labelled=True)
+    whole, cut = [batch_of(task, examples)], [batch_of(task, examples[:2]), batch_of(task, examples[2:])]
+    gains = [
+        accumulate(model, task, batches, seed=0, manner=Manner(passes=FGM(0.1)))[1]["adversarial_gain"]
+        for batches in (whole, cut)
+    ]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-6)
+
+    class Lengths(Losses):
+        def __call__(self, task: Task, forward: Any, batch: Any) -> Any:
+            found = task.item_losses(forward(), batch)
+            return found, {"length": torch.from_numpy(batch.streams["source"].lengths).float()}
+
+    lengths = [
+        accumulate(model, task, batches, seed=0, manner=Manner(losses=Lengths()))[1]["length"]
+        for batches in (whole, cut)
+    ]
+    assert lengths[0] == pytest.approx(lengths[1])
+
+
 # --- averaged weights -------------------------------------------------------------------------------------------
 def test_the_average_is_that_of_its_definition() -> None:
     model = torch.nn.Linear(3, 2)
@@ -333,6 +366,19 @@ def test_fp16_passes_over_a_step_that_overflows_and_lowers_its_scale() -> None:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("adversarial", ["fgm", "freelb"])
+def test_an_overflow_in_adversarial_training_is_passed_over_too(adversarial: str) -> None:
+    run = trainer(precision="fp16", adversarial=adversarial)
+    run.progress.scaling.value = 2.0**40
+    run.model.train()
+    said = run.step()
+    assert (run.progress.scaling.skipped, said.acted, run.progress.acted) == (1, {}, {})
+    run.progress.scaling.value = 256.0
+    run.progress.step += 1
+    run.step()
+    assert run.progress.acted["adversarial_gain"] > 0
+
+
 def test_a_scaled_loss_gives_the_update_of_the_plain_one() -> None:
     found: list[dict[str, torch.Tensor]] = []
     for scale in (1.0, 1024.0):
@@ -368,6 +414,59 @@ def test_recomputing_keeps_less_and_changes_no_gradient() -> None:
     lean, found = kept_bytes(model, task, batch)
     assert lean < 0.5 * plain
     assert distance(found, wanted) < 1e-6
+
+
+def test_what_cannot_be_recomputed_or_agree_with_itself_is_an_error_at_its_key() -> None:
+    data = rows(8)
+    model = tiny_bert()
+    task = classifier(data, model)
+    examples = InMemory(task, task.encode(data, tokenizer(), labelled=True))
+    model.set_dropout(0.0)
+    with pytest.raises(UserError, match="without dropout two passes") as error:
+        Trainer(model, task, examples, TrainConfig(r_drop=1.0))
+    assert error.value.where == "train.r_drop"
+    adapt(model, AdaptConfig("frozen"))
+    with pytest.raises(UserError, match="no layer is trained") as error:
+        Trainer(model, task, examples, TrainConfig(recompute=True))
+    assert error.value.where == "train.recompute"
+
+
+def test_only_layers_that_are_trained_count_as_recomputed() -> None:
+    data = rows(16)
+    model = tiny_bert(num_layers=3)
+    task = classifier(data, model)
+    adapt(model, AdaptConfig("lora", layers=1))
+    examples = InMemory(task, task.encode(data, tokenizer(), labelled=True))
+    run = Trainer(model, task, examples, TrainConfig(epochs=1, recompute=True))
+    assert run.run(silent).acted["recomputed_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"momentum": 0.5}, "momentum"),
+        ({"optimizer": "sgd", "beta1": 0.5}, "beta1"),
+        ({"decay": 0.5}, "decay"),
+        ({"adversarial_size": 0.5}, "adversarial_size"),
+        ({"adversarial": "fgm", "adversarial_steps": 5}, "adversarial_steps"),
+    ],
+)
+def test_a_key_that_does_nothing_is_an_error_that_says_when_it_would(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match="it does nothing where train") as error:
+        trainer(**changes)
+    assert error.value.where == f"train.{key}"
+    assert "leave it out, or set train." in str(error.value)
+
+
+def test_the_record_says_which_rule_updated_how_many_weights_and_how_often_gradients_were_clipped() -> None:
+    run, result, _ = trained(optimizer="muon", max_grad_norm=1e-3)
+    hidden = sum(p.numel() for n, p in run.model.named_parameters() if ".layers." in n and p.dim() == 2)
+    assert result.acted["muon_weights"] == hidden
+    assert result.acted["adamw_weights"] > 0
+    assert result.acted["clipped_share"] == 1
+    _, calm, _ = trained(max_grad_norm=1e6)
+    assert calm.acted["clipped_share"] == 0
+    assert "muon_weights" not in calm.acted
 
 
 def test_generate_has_a_divergence_too() -> None:

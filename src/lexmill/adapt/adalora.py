@@ -91,6 +91,10 @@ class RankAllocator:
             return target
         return target + round((start - target) * (1 - (step - first) / (last - first)) ** 3)
 
+    def settled(self, step: int, steps: int) -> bool:
+        """Whether the ranks are within their final budget after this step."""
+        return step >= self._last_choice(steps)
+
     def _first_choice(self, steps: int) -> int:
         return min(round(self.config.tinit * steps), self._last_choice(steps))
 

@@ -7,7 +7,22 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from lexmill.config import refuse_idle
+
 Method = Literal["full", "frozen", "bitfit", "lora", "adalora", "bottleneck", "prefix", "prompt"]
+
+_LOW_RANK = ("method", ("lora", "adalora"))
+_ADALORA = ("method", ("adalora",))
+_IN_FRONT = ("method", ("prefix", "prompt"))
+_NEEDS = {
+    **dict.fromkeys(("rank", "alpha", "dropout", "targets"), _LOW_RANK),
+    **dict.fromkeys(("initial_rank", "tinit", "tfinal", "delta_t", "orthogonality", "beta1", "beta2"), _ADALORA),
+    "width": ("method", ("bottleneck",)),
+    "tokens": _IN_FRONT,
+    "double_quant": ("base_bits", (4, 8)),
+    "keep_gigabytes": ("keep_activations", (None, True)),
+    "keep_precision": ("keep_activations", (None, True)),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,10 @@ class AdaptConfig:
     keep_activations: bool | None = None
     keep_gigabytes: Annotated[float, Gt(0)] = 4.0
     keep_precision: Literal["fp32", "bf16"] = "fp32"
+
+    def check(self) -> None:
+        """Raise `UserError` for a key that does nothing with this method."""
+        refuse_idle(self, "adapt", _NEEDS)
 
     @property
     def start_rank(self) -> int:

@@ -57,7 +57,9 @@ class Adapted:
 
     def effect(self) -> dict[str, float]:
         """What adapting did, for the record. Ask before `merge`."""
-        effect = {"trained_weights": float(self.trained), "weights": float(self.total), "trunk_moved": self.moved()}
+        effect = {"trained_weights": float(self.trained), "weights": float(self.total)}
+        if self.before:
+            effect["trunk_moved"] = self.moved()
         if self.stored is not None:
             effect |= {"trunk_bytes_before": float(self.stored[0]), "trunk_bytes": float(self.stored[1])}
         return effect if self.companion is None else effect | self.companion.effect()
@@ -91,6 +93,7 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
         UserError: a target that the model's layers do not have, more layers than it has, layers that share their
             weights with others, or a method that has nothing to do in this model.
     """
+    config.check()
     layers = _chosen(model.trunk.blocks, config.layers)
     if config.method == "full" and config.layers is None:
         if config.base_bits is not None:
@@ -104,7 +107,7 @@ def adapt(model: Model, config: AdaptConfig) -> Adapted:
     model.heads.requires_grad_(True)
     if model.has_tied_output:
         # A head that shares the token embedding would train the trunk's table.
-        model.trunk.embeddings.token.requires_grad_(config.method == "full")
+        model.trunk.embeddings.token.requires_grad_(False)
     return _adapted(model, config)
 
 
@@ -161,6 +164,9 @@ def _store(model: Model, bits: Bits, *, double: bool) -> tuple[int, int]:
         layer.weight.numel() * layer.weight.element_size() if layer.quantised is None else layer.quantised.num_bytes()
         for layer in found
     )
+    if after == before:
+        hint = "leave it out, or choose a method or layers that leave matrices as they are"
+        raise UserError("no matrix of a layer stays as it is", where="adapt.base_bits", hint=hint)
     return before, after
 
 

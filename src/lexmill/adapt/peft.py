@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lexmill.adapt.methods import ADAPTER, linears
 from lexmill.adapt.peft_load import as_lora, load_prompts
+from lexmill.artifact import Manifest
 from lexmill.errors import UserError
 from lexmill.models import Model, families, head_tensors, module_names, trunk_prefix
 from lexmill.nn.lora import LoraLinear, LowRank
@@ -86,6 +87,7 @@ def load_adapter(model: Model, directory: Path, name: str = ADAPTER) -> None:
     prefix = families.find(model.family).prefix
     scale = float(config["lora_alpha"]) / int(config["r"]) ** (0.5 if config.get("use_rslora") else 1.0)
     found = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    _refuse_left_over(config, tensors, found, where)
     for key in sorted(found):
         ours = theirs.get(key.removeprefix(ROOT).removeprefix(prefix))
         if ours is None:
@@ -103,6 +105,28 @@ def load_adapter(model: Model, directory: Path, name: str = ADAPTER) -> None:
         with torch.no_grad():
             adapter.a.copy_(a)
             adapter.b.copy_(b)
+
+
+def refuse_rounded(manifest: Manifest, where: str) -> None:
+    """Raise a `UserError` where an artefact's adapter was trained beside matrices in fewer bits: it belongs to those,
+    and not to the model that the run began from."""
+    for transform in manifest.history:
+        adapted = transform.parameters.get("adapt") if transform.name == "fit" else None
+        bits = adapted.get("base_bits") if isinstance(adapted, dict) else None
+        if bits:
+            hint = f"fit it without adapt.base_bits (it is {bits})"
+            raise UserError(
+                "its adapter was trained over rounded matrices, and goes onto no other", where=where, hint=hint
+            )
+
+
+def _refuse_left_over(config: dict[str, Any], tensors: dict[str, Tensor], found: set[str], where: str) -> None:
+    """Raise a `UserError` for a tensor that is neither a low-rank matrix of a layer nor part of a head."""
+    heads = {f".{name}." for name in config.get("modules_to_save") or ()}
+    for key in tensors.keys() - {f"{key}.{side}.weight" for key in found for side in ("lora_A", "lora_B")}:
+        if not any(name in f".{key}" for name in heads):
+            hint = "only low-rank matrices of linear layers, without biases, and heads can be loaded"
+            raise UserError(f"the tensor '{key}' has no place in the model", where=where, hint=hint)
 
 
 def load_heads(model: Model, directory: Path) -> None:

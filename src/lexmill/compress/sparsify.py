@@ -142,6 +142,9 @@ class _Kept(Companion):
     def after_update(self, step: int, steps: int) -> Mapping[str, float]:
         return {}
 
+    def settled(self, step: int, steps: int) -> bool:
+        return True
+
     def state(self) -> Mapping[str, Tensor]:
         return {}
 

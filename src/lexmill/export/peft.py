@@ -11,7 +11,8 @@ from typing import Any
 
 from lexmill import models
 from lexmill.adapt import ADAPTER, load_adapter
-from lexmill.adapt.peft import CONFIG, WEIGHTS, load_heads
+from lexmill.adapt.peft import CONFIG, WEIGHTS, load_heads, refuse_rounded
+from lexmill.artifact import Artifact
 from lexmill.data.tokenizer import load_tokenizer
 from lexmill.engine import Loaded, probes
 from lexmill.engine.loaded import ADAPTERS
@@ -50,6 +51,8 @@ class Peft(Format):
         if source is None or not (source / WEIGHTS).is_file():
             hint = "fit it with --set adapt.method=lora, adalora, prefix or prompt"
             raise UserError("there is no adapter that peft has a format for", where="export", hint=hint)
+        assert subject.path is not None
+        refuse_rounded(Artifact.open(subject.path, check=False).manifest, str(subject.path))
         _refuse_changed(subject)
         config = json.loads((source / CONFIG).read_text("utf-8"))
         base = Path(config[_BASE] if options.base is None else options.base)

@@ -12,7 +12,7 @@ import torch
 
 from lexmill import models
 from lexmill.adapt import ADAPTER, adapter_tensors, add_adapter, save_heads
-from lexmill.adapt.peft import CONFIG, WEIGHTS
+from lexmill.adapt.peft import CONFIG, WEIGHTS, refuse_rounded
 from lexmill.artifact import Artifact, Manifest, Transform, Writer, create, render_card
 from lexmill.data.tokenizer import fingerprint, load_tokenizer
 from lexmill.engine import probes
@@ -91,6 +91,7 @@ def _refuse_strangers(directory: Path, own: Artifact | None, sources: Mapping[st
         if f"{ADAPTERS}/{ADAPTER}/{WEIGHTS}" not in source.manifest.files:
             hint = "fit it with --set adapt.method=lora"
             raise UserError("this artefact has no adapter", where=str(source.path), hint=hint)
+        refuse_rounded(source.manifest, str(source.path))
         if fingerprint(load_tokenizer(source.path)) != known:
             raise UserError("its tokenizer is not that of the base", where=str(source.path))
 

@@ -182,7 +182,12 @@ class _Run:
             self.watch.note(f"the matrices of the layers take {after:,} bytes in place of {before:,}")
         with ExitStack() as ending:
             training, start, tracked = self._train(adapted, ending)
-            effect = training.effect() | self._finish(adapted) | keeping_effect(start, training) | self._calibrate()
+            effect = (
+                training.effect()
+                | self._finish(adapted, training)
+                | keeping_effect(start, training)
+                | self._calibrate()
+            )
             effect |= self._began()
             test = self._test()
             if test is not None:
@@ -215,7 +220,7 @@ class _Run:
         validating = len(held) > 0 or prepared.sources.validation is not None
         rows = held_out(prepared, held)
         store = Store(self.writer.checkpoints, config.train.keep_checkpoints)
-        with kept(self.model, data, config, self.writer.partial, self.watch.note) as (data, start):
+        with kept(self.model, prepared.task, data, config, self.writer.partial, self.watch.note) as (data, start):
             trainer = Trainer(
                 self.model,
                 prepared.task,
@@ -254,9 +259,12 @@ class _Run:
             made["trained_tokens"] = float(self.prepared.tokenizer.get_vocab_size())
         return made
 
-    def _finish(self, adapted: Adapted) -> dict[str, float]:
+    def _finish(self, adapted: Adapted, training: TrainResult) -> dict[str, float]:
         """Write the adapter down and merge it; gives what adapting did. Raises `Failure` where it did nothing."""
         if not adapted.moved():
+            if training.acted.get("overflowed_steps") == training.steps:
+                hint = "train.precision=bf16 or fp32 does not overflow; more train.epochs let the scale fall further"
+                raise Failure("every step overflowed in fp16", where="train.precision", hint=hint)
             raise Failure("adapting changed nothing", where="adapt", hint="raise train.learning_rate or train.epochs")
         effect = adapted.effect()
         if adapted.added:

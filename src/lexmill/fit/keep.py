@@ -9,13 +9,14 @@ from pathlib import Path
 from lexmill.errors import Failure, UserError
 from lexmill.fit.config import FitConfig
 from lexmill.models import Model
+from lexmill.tasks import Task
 from lexmill.train import HeadStart, TrainResult, keep_activations, kept_bytes
 from lexmill.train.kept import Dataset
 
 
 @contextmanager
 def kept(
-    model: Model, data: Dataset, config: FitConfig, folder: Path, note: Callable[[str], None]
+    model: Model, task: Task, data: Dataset, config: FitConfig, folder: Path, note: Callable[[str], None]
 ) -> Generator[tuple[Dataset, HeadStart]]:
     """The examples with what the untrained layers make of them, where the config has that kept; else as they are.
 
@@ -23,7 +24,7 @@ def kept(
         UserError: it is insisted on, and there is nothing to keep, or nothing to gain, or no room.
     """
     layers, size = model.untrained_layers(), kept_bytes(model, data, config.adapt.keep_precision)
-    hindrance = _hindrance(layers, size, config)
+    hindrance = _hindrance(layers, task, size, config)
     if hindrance and config.adapt.keep_activations:
         hint = "leave it out, and they are kept where they can be"
         raise UserError(f"no activations can be kept: {hindrance}", where="adapt.keep_activations", hint=hint)
@@ -38,9 +39,11 @@ def kept(
         yield found, found.start
 
 
-def _hindrance(layers: int, size: int, config: FitConfig) -> str | None:
+def _hindrance(layers: int, task: Task, size: int, config: FitConfig) -> str | None:
     if not layers:
         return "training reaches down to the lowest layer or the embeddings"
+    if task.redraws:
+        return "the task changes its texts from epoch to epoch"
     if config.train.adversarial != "none":
         return "adversarial training moves the word vectors"
     if config.train.epochs == 1:
@@ -64,7 +67,7 @@ def keeping_effect(start: HeadStart, training: TrainResult) -> dict[str, float]:
     if not start.layers:
         return {}
     if not training.acted.get("forward_known"):
-        hint = "set adapt.keep_activations=false: this task changes its texts from step to step"
+        hint = "set adapt.keep_activations=false: this task changes its texts, and does not say so (`redraws`)"
         raise Failure("the activations that were kept were of no use", where="adapt.keep_activations", hint=hint)
     return {
         "kept_layers": float(start.layers),

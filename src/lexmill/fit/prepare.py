@@ -112,7 +112,8 @@ def prepare(config: FitConfig, origins: Mapping[str, str] | None = None) -> Prep
     options = _options(task_type, directory, config, (origins or {}).get("options", "default"))
     anew = begins_anew(directory, config.init)
     sources = _open(config.data)
-    config.train.check_stopping(validating=sources.validation is not None or config.data.validation_fraction > 0)
+    config.train.check(validating=sources.validation is not None or config.data.validation_fraction > 0)
+    config.adapt.check()
     wants = task_type.wants(options)
     given: dict[str, str | tuple[str, ...]] = {**config.data.named()}
     if wants.label_columns:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lexmill.config import load
-from lexmill.data import open_source
+from lexmill.config import load, to_dict
+from lexmill.data import Source, open_source
+from lexmill.data.fingerprint import data_fingerprint
 from lexmill.engine import TorchEngine
 from lexmill.errors import Failure, MissingExtra, Spoken, UserError
 from lexmill.evaluate import evaluate
@@ -25,7 +26,7 @@ from lexmill.tasks import find
 if TYPE_CHECKING:
     import optuna
 
-STUDY, RECORD, TRIALS, BEST = "study.log", "search.json", "trials", "best"
+STUDY, ASKED, RECORD, TRIALS, BEST = "study.log", "asked.json", "search.json", "trials", "best"
 _UNPRUNED = 5
 """Trials that run to their end before any is stopped early."""
 
@@ -117,7 +118,7 @@ def search(
         raise UserError(
             found, where=str(out), hint="leave out --resume" if resume else "give --resume, or another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    _same_search(out, asked, first)
     study = _study(out, task.metric_sign, seed, jobs)
     left = trials - _settle(study, out)
     shares = [left // jobs + (job < left % jobs) for job in range(jobs)]
@@ -127,6 +128,39 @@ def search(
     else:
         _spread(asked, out, [share for share in shares if share > 0], seed, jobs)
     return _finish(asked, out, study, task.metric)
+
+
+def _same_search(out: Path, asked: Asked, first: FitConfig) -> None:
+    """Write down what is searched, of which rows; where that is there already, refuse another."""
+    sources = {"train": first.data.train, "validation": first.data.validation}
+    data = {name: data_fingerprint(_open(path, first.data)) for name, path in sources.items() if path is not None}
+    space = {key: asdict(values) if isinstance(values, Range) else list(values) for key, values in asked.space.items()}
+    left_out = {*space, "data.train", "data.validation"}
+    settings = {key: value for key, value in _flat(to_dict(first)).items() if key not in left_out}
+    file = out / ASKED
+    now = json.loads(json.dumps({"space": space, "settings": settings, "data": data}, default=str))
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return
+    before = json.loads(file.read_text("utf-8"))
+    for part in ("space", "settings", "data"):
+        for key in sorted(before[part].keys() | now[part].keys()):
+            was, given = before[part].get(key), now[part].get(key)
+            if was != given:
+                told = (
+                    f"{key} has changed" if part == "data" else f"{key} was {json.dumps(was)}, is {json.dumps(given)}"
+                )
+                hint = "resume with what it began with, or search into another --out"
+                raise UserError(f"the search had other {part}: {told}", where=str(file), hint=hint)
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """By dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return found
 
 
 def _corner(space: Space) -> dict[str, Any]:
@@ -304,5 +338,8 @@ def _finish(asked: Asked, out: Path, study: optuna.Study, metric: str) -> Search
 def _tested(artifact: Path, data: DataConfig) -> dict[str, float] | None:
     if data.test is None:
         return None
-    source = open_source(data.test, encoding=data.encoding, delimiter=data.delimiter, skip_bad=data.skip_bad)
-    return evaluate(TorchEngine(artifact), (row.values for row in source)).metrics.values
+    return evaluate(TorchEngine(artifact), (row.values for row in _open(data.test, data))).metrics.values
+
+
+def _open(file: Path, data: DataConfig) -> Source:
+    return open_source(file, encoding=data.encoding, delimiter=data.delimiter, skip_bad=data.skip_bad)

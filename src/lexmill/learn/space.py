@@ -36,7 +36,7 @@ def parse_space(given: Sequence[str]) -> Space:
             raise UserError(f"'{one}' is not KEY=VALUES", where="--try", hint=hint)
         if key in space:
             raise UserError(f"'{key}' is given twice", where="--try", hint="give all its values at once")
-        ends, _, _ = values.partition(":log")
+        ends, scaled, scale = values.partition(":")
         below, dots, above = ends.partition("..")
         if not dots:
             space[key] = [scalar(value.strip()) for value in values.split(",")]
@@ -46,7 +46,9 @@ def parse_space(given: Sequence[str]) -> Space:
         for end in (low, high):
             if isinstance(end, bool) or not isinstance(end, (int, float)):
                 raise UserError(f"'{end}' is not a number", where=f"--try {key}", hint=hint)
-        log = values.endswith(":log")
+        log = scale == "log"
+        if scaled and not log:
+            raise UserError(f"a range has no scale '{scale}'", where=f"--try {key}", hint=hint)
         if low >= high or (log and low <= 0):
             need = "0 < LOW < HIGH" if log else "LOW < HIGH"
             raise UserError(f"{low}..{high} holds nothing", where=f"--try {key}", hint=f"a range needs {need}")

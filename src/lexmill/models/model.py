@@ -296,6 +296,13 @@ class Model(nn.Module):
             elif isinstance(module, Attention):
                 module.dropout = p
 
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        shares = (
+            m.p if isinstance(m, Dropout) else m.dropout if isinstance(m, Attention) else 0 for m in self.modules()
+        )
+        return any(share > 0 for share in shares)
+
     def structure(self) -> dict[str, Any]:
         """What a Hugging Face config cannot say: per-layer overrides, additions to the trunk, heads. Empty where there
         is none of them."""

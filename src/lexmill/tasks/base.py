@@ -172,6 +172,11 @@ class Task(ABC):
         """
         return batch
 
+    @property
+    def redraws(self) -> bool:
+        """Whether `draw` gives the model other tokens from epoch to epoch, so that nothing can be kept of a text."""
+        return False
+
     # --- the model --------------------------------------------------------------------------------------------
     @abstractmethod
     def attach(self, model: Model) -> None:
@@ -188,6 +193,10 @@ class Task(ABC):
     @abstractmethod
     def item_losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
         """Per head, the unreduced loss of each item, in the order of `item_weights`."""
+
+    def shown(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        """Numbers of items of a batch in training, by name: their means over a run show what options did to losses."""
+        return {}
 
     def divergence(self, outputs: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Per head and item, half the symmetric Kullback-Leibler divergence between two outputs of one batch, in nats.

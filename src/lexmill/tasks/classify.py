@@ -22,6 +22,7 @@ from lexmill.models import Model
 from lexmill.tasks import scope, scoring
 from lexmill.tasks.base import Metrics, Record, Task, Wants, bernoulli_apart, register
 from lexmill.tasks.inputs import Arrange, packed
+from lexmill.tasks.smoothing import smoothing_cost
 from lexmill.tasks.texts import text_in, tokens_of
 
 MAX_LABELS = 10_000
@@ -256,6 +257,17 @@ class Classify(Task):
                     logits, target, reduction="none", label_smoothing=self.options.label_smoothing
                 )
         return losses
+
+    def shown(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        """`smoothing_cost` of smoothed labels; `class_reweighing`, how far weights of classes are from 1."""
+        found: dict[str, Tensor] = {}
+        if share := self.options.label_smoothing:
+            heads = [(outputs[name], torch.from_numpy(batch.labels[name])) for name in self.heads]
+            found["smoothing_cost"] = torch.cat([smoothing_cost(o, said.to(o.device), share) for o, said in heads])
+        if self.options.class_weights != "none":
+            weights = [one[batch.masks[name]] for name, one in self.item_weights(batch).items()]
+            found["class_reweighing"] = torch.from_numpy(np.abs(np.concatenate(weights) - 1))
+        return found
 
     def divergence(self, outputs: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not self.options.multi_label:

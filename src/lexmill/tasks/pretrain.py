@@ -200,6 +200,10 @@ class Pretrain(Task):
         ids = document.streams["source"][0].ids
         return Example({"source": (Tokens(np.append(self.known.end, ids[:-1])),)}, token_labels={"lm": ids})
 
+    @property
+    def redraws(self) -> bool:
+        return self.options.objective != "causal"
+
     def draw(self, batch: Batch, keys: UInt64[np.ndarray, "example"]) -> Batch:
         if self.options.objective == "span":
             return self._without_spans(batch, keys)

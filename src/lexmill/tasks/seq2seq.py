@@ -24,6 +24,7 @@ from lexmill.models import Beams, LMHead, Memory, Model, Said, search
 from lexmill.nn.layout import Dense
 from lexmill.tasks.base import Metrics, Record, Task, Wants, register
 from lexmill.tasks.inputs import Arrange, packed
+from lexmill.tasks.smoothing import smoothing_cost
 
 SOURCES = ("source", "src", "input", "article", "document", "meaning_representation", "mr", "text", "en", "原文")
 TARGETS = ("target", "tgt", "output", "summary", "highlights", "translation", "reference", "references", "ref",
@@ -210,6 +211,11 @@ class Seq2Seq(Task):
             return {"lm": out}
         smoothing = self.options.label_smoothing
         return {"lm": F.cross_entropy(out, self._said(batch, out.device), reduction="none", label_smoothing=smoothing)}
+
+    def shown(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        """`smoothing_cost` of smoothed labels."""
+        out, share = outputs["lm"], self.options.label_smoothing
+        return {"smoothing_cost": smoothing_cost(out, self._said(batch, out.device), share)} if out.dim() > 1 else {}
 
     # --- answers ----------------------------------------------------------------------------------------------
     def items(self, request: BaseModel) -> list[Record]:

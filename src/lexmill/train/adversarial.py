@@ -43,7 +43,9 @@ class _Moved:
                 hook.remove()
 
     def _positions(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._sequence = (args[1].reshape(-1) == 0).cumsum(0) - 1
+        # Behind a prefix every sequence begins at the same later position.
+        positions = args[1].reshape(-1)
+        self._sequence = (positions == positions.min()).cumsum(0) - 1
 
     def _move(self, module: nn.Module, args: tuple[Any, ...], found: Tensor) -> Tensor:
         self.vectors = found.detach().float()
@@ -56,6 +58,11 @@ class _Moved:
         assert self.delta is not None
         assert self.delta.grad is not None
         return self.delta.grad.float()
+
+    def direction(self) -> Float[Tensor, "*rows dim"]:
+        """The gradient by sequence, each of length 1; nowhere where it overflowed, which ends such a step anyway."""
+        grad = self.gradient()
+        return (grad / self.lengths(grad)).nan_to_num(0.0, 0.0, 0.0)
 
     def lengths(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows 1"]:
         """By row, the norm of its whole sequence."""
@@ -78,8 +85,7 @@ class FGM:
         moved = _Moved(model)
         with moved.open():
             clean = backward(1.0)
-            grad = moved.gradient()
-            moved.delta = grad / moved.lengths(grad) * (self.size * moved.lengths(moved.vectors))
+            moved.delta = moved.direction() * (self.size * moved.lengths(moved.vectors))
             worse = backward(1.0)
         return clean, {"adversarial_gain": sum(worse.values()) - sum(clean.values())}
 
@@ -103,8 +109,7 @@ class FreeLB:
                 seen.append(backward(1 / self.steps))
                 assert moved.delta is not None
                 reach = self.size * moved.lengths(moved.vectors)
-                grad = moved.gradient()
-                climbed = moved.delta.detach().float() + grad / moved.lengths(grad) * (2 * reach / self.steps)
+                climbed = moved.delta.detach().float() + moved.direction() * (2 * reach / self.steps)
                 moved.delta = climbed * (reach / moved.lengths(climbed)).clamp(max=1.0)
         mean = {head: sum(one[head] for one in seen) / len(seen) for head in seen[0]}
         return mean, {"adversarial_gain": sum(seen[-1].values()) - sum(seen[0].values())}

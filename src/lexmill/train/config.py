@@ -7,8 +7,19 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from lexmill.config import refuse_idle
 from lexmill.errors import UserError
 from lexmill.train.schedule import Schedule
+
+_NEEDS = {
+    "momentum": ("optimizer", ("sgd", "muon")),
+    "beta1": ("optimizer", ("adamw", "muon")),
+    "beta2": ("optimizer", ("adamw", "muon")),
+    "epsilon": ("optimizer", ("adamw", "muon")),
+    "decay": ("schedule", ("wsd",)),
+    "adversarial_size": ("adversarial", ("fgm", "freelb")),
+    "adversarial_steps": ("adversarial", ("freelb",)),
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,10 @@ class TrainConfig:
     checkpoint_every: Annotated[int, Ge(0)] = 0
     keep_checkpoints: Annotated[int, Ge(1), Le(1000)] = 2
 
-    def check_stopping(self, *, validating: bool) -> None:
-        """Raise `UserError` where early stopping is asked for and there is no validation data to go by."""
+    def check(self, *, validating: bool) -> None:
+        """Raise `UserError` for a key that can do nothing: one of another optimiser, schedule or way to train, or early
+        stopping where there is no validation data to go by."""
+        refuse_idle(self, "train", _NEEDS)
         if self.patience is not None and not validating:
             raise UserError(
                 "early stopping needs validation data",

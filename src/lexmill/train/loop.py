@@ -114,9 +114,12 @@ class Trainer:
         companion: Companion | None = None,
         losses: Losses | None = None,
     ) -> None:
-        config.check_stopping(validating=validate is not None)
+        config.check(validating=validate is not None)
         if config.recompute and not model.trunk.recomputes:
             raise UserError("this model keeps its activations", where="train.recompute", hint="leave it out")
+        if config.recompute and not any(p.requires_grad for p in model.trunk.parameters()):
+            what = "no layer is trained, so that none keeps activations"
+            raise UserError(what, where="train.recompute", hint="leave it out")
         if config.adversarial != "none" and not model.trunk.moves_words:
             what = "the word vectors of this model cannot be moved"
             raise UserError(what, where="train.adversarial", hint="leave it out")
@@ -127,6 +130,9 @@ class Trainer:
             key = "train.r_drop" if config.r_drop else "train.adversarial"
             what = f"'{task.name}' compares the examples of a batch, which goes through once"
             raise UserError(what, where=key, hint="leave it out")
+        if config.r_drop and not model.drops():
+            what = "without dropout two passes of a text are equal"
+            raise UserError(what, where="train.r_drop", hint="give train.dropout, or leave it out")
         self.model, self.task, self.data, self.config = model, task, data, config
         self.validate, self.store, self.start, self.companion = validate, store, start or HeadStart(), companion
         self.order = _order(data, config)
@@ -206,13 +212,15 @@ class Trainer:
     def _acted(self) -> dict[str, float]:
         """What the run's options did. Leaves the model with the averaged weights, where they are kept."""
         progress = self.progress
-        acted = {name: total / max(progress.step, 1) for name, total in progress.acted.items()}
+        updates = max(progress.step - progress.scaling.skipped, 1)
+        acted = {name: total / updates for name, total in progress.acted.items()}
+        acted |= self.optimizer.effect()
         if self.config.precision == "fp16":
             acted |= {"loss_scale": progress.scaling.value, "overflowed_steps": float(progress.scaling.skipped)}
         if self.average is not None:
             acted["ema_distance"] = self.average.put()
         if self.config.recompute:
-            acted["recomputed_layers"] = float(len(self.model.trunk.blocks))
+            acted["recomputed_layers"] = float(len(self.model.trunk.blocks) - self.model.untrained_layers())
         shares = self.optimizer.shares
         if len(shares) > 1:
             rate = self.config.learning_rate
@@ -246,7 +254,10 @@ class Trainer:
         if self.average is not None:
             self.optimizer.settle()
             self.average.update()
-        for name, value in result.acted.items():
+        if overflowed:
+            return replace(result, acted={})
+        clipped = 0 < self.config.max_grad_norm < result.grad_norm
+        for name, value in (*result.acted.items(), ("clipped_share", float(clipped))):
             self.progress.acted[name] = self.progress.acted.get(name, 0.0) + value
         return result
 
@@ -285,7 +296,9 @@ class Trainer:
         with self.average.applied() if self.average is not None else nullcontext():
             metrics = dict(self.validate())
             value = metrics[self.task.metric] * self.task.metric_sign
-            if self.progress.best is None or value > self.progress.best:
+            if self.companion is not None and not self.companion.settled(self.progress.step - 1, self.total_steps):
+                pass  # a model of another form than it is to end in is no candidate for the best
+            elif self.progress.best is None or value > self.progress.best:
                 self.progress.best, self.progress.best_epoch, self.progress.stale_epochs = value, epoch, 0
                 self._best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
             else:

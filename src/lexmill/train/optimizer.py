@@ -77,6 +77,10 @@ class DenseGroup:
             grad_scale=grad_scale,
         )
 
+    def updated(self) -> int:
+        """How many weights have been updated."""
+        return sum(p.numel() for name, p in self.params.items() if self.steps[name])
+
     def state(self) -> dict[str, Tensor]:
         return {
             f"{name}.{kind}": table[name]
@@ -164,6 +168,10 @@ class RowSparse:
         )  # fmt: skip
         weight[self.rows] = rows
         self.pending *= 1 - learning_rate * self.weight_decay
+
+    def updated(self) -> int:
+        """How many weights have been updated: those of the rows that occurred."""
+        return self.first.numel()
 
     def state(self) -> dict[str, Tensor]:
         self.settle()
@@ -285,6 +293,14 @@ class Optimizer:
                 group.step(self.rule, rate, scale)
         self.zero_grad()
         return float(norm)
+
+    def effect(self) -> dict[str, float]:
+        """How many weights each rule has updated."""
+        found: dict[str, float] = {}
+        for group in (*self.dense, *self.sparse):
+            rule = type(group.inner).__name__.lower() if isinstance(group, TorchGroup) else "adamw"
+            found[f"{rule}_weights"] = found.get(f"{rule}_weights", 0.0) + group.updated()
+        return {name: count for name, count in found.items() if count}
 
     def zero_grad(self) -> None:
         for group in self.dense:

@@ -24,7 +24,8 @@ Backward = Callable[[float], Mapping[str, float]]
 class Passes(Protocol):
     """Runs a micro-batch through the model one or more times.
 
-    Gives the losses to report, by head, and further numbers that show what it did.
+    Gives the losses to report, by head, and further numbers that show what it did: shares of those of the optimiser
+    batch, as the losses are.
     """
 
     def __call__(
@@ -57,7 +58,8 @@ class Plain(Losses):
     """The task's own."""
 
     def __call__(self, task: Task, forward: Callable[[], Outputs], batch: Batch) -> tuple[Outputs, Outputs]:
-        return task.item_losses(forward(), batch), {}
+        outputs = forward()
+        return task.item_losses(outputs, batch), task.shown(outputs, batch)
 
 
 plain = Plain()
@@ -77,4 +79,5 @@ class RDrop(Losses):
         if any(apart[head].shape != a[head].shape for head in a):
             raise UserError(f"the task '{task.name}' has no divergence", where="train.r_drop", hint="leave it out")
         losses = {head: (a[head] + b[head]) / 2 + self.weight * apart[head] for head in a}
-        return losses, {"r_drop": torch.cat([items.detach().reshape(-1) for items in apart.values()])}
+        r_drop = torch.cat([items.detach().reshape(-1) for items in apart.values()])
+        return losses, {**task.shown(first, batch), "r_drop": r_drop}

@@ -83,30 +83,36 @@ def accumulate(
             totals[head] = totals.get(head, 0.0) + float(values.sum(dtype=np.float64))
     live = [head for head, total in totals.items() if total > 0]
     losses = dict.fromkeys(live, 0.0)
-    acted: dict[str, list[float]] = {}
+    shown: dict[str, tuple[float, int]] = {}
+    acted: dict[str, float] = {}
     for i, (batch, one) in enumerate(zip(micro_batches, weights, strict=True)):
         shares = {head: one[head].astype(np.float64) / totals[head] for head in live if head in one and one[head].any()}
         if not shares:
             continue
         torch.manual_seed(_mix(seed, i))
-        parts, did = manner.passes(model, batch, _Pass(model, task, batch, shares, manner, acted))
+        parts, did = manner.passes(model, batch, _Pass(model, task, batch, shares, manner, shown))
         for head, part in parts.items():
             losses[head] += part
         for name, value in did.items():
-            acted.setdefault(name, []).append(value)
-    return losses, {name: sum(values) / len(values) for name, values in acted.items()}
+            acted[name] = acted.get(name, 0.0) + value
+    return losses, acted | {name: total / count for name, (total, count) in shown.items()}
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward and backward pass of a micro-batch. `shares` are its items' weights in the optimiser batch."""
+    """One forward and backward pass of a micro-batch.
+
+    Args:
+        shares: its items' weights in the optimiser batch.
+        shown: by name, the sum and the number of the items to report the mean of, over all micro-batches.
+    """
 
     model: Model
     task: Task
     batch: Batch
     shares: Mapping[str, np.ndarray]
     manner: Manner
-    acted: dict[str, list[float]]
+    shown: dict[str, tuple[float, int]]
 
     def __call__(self, weight: float) -> dict[str, float]:
         items, shown = self.manner.losses(self.task, self._forward, self.batch)
@@ -114,7 +120,8 @@ class _Pass:
         total = torch.stack(list(parts.values())).sum()
         (total * (weight * self.manner.scale) if weight * self.manner.scale != 1.0 else total).backward()
         for name, values in shown.items():
-            self.acted.setdefault(name, []).append(float(values.mean()))
+            total, count = self.shown.get(name, (0.0, 0))
+            self.shown[name] = (total + float(values.sum()), count + values.numel())
         return {head: float(part.detach()) for head, part in parts.items()}
 
     def _forward(self) -> Outputs:

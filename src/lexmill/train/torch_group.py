@@ -25,6 +25,7 @@ class TorchGroup:
         vectors = [p for p in self.params.values() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.inner = make([group for group in groups if group["params"]])
+        self.steps = 0
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.params.values() if p.grad is not None]
@@ -35,6 +36,11 @@ class TorchGroup:
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step()
+        self.steps += 1
+
+    def updated(self) -> int:
+        """How many weights have been updated, by this process."""
+        return sum(p.numel() for p in self.params.values()) if self.steps else 0
 
     def state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -156,6 +156,7 @@ def compress(
     test: Path | str | None = None,
     unlabelled: Path | str | None = None,
     seed: int | None = None,
+    search: Path | str | None = None,
     resume: bool = False,
     watch: Watch | None = None,
 ) -> CompressResult:
@@ -171,7 +172,8 @@ def compress(
         goal: what a search is to reach beside that, by the names of `lexmill.compress.Goal`, e.g. `{"p99_ms": 10}`.
         data, validation, test: rows to learn from, to choose on, and for the proof; those of `fit` otherwise.
         unlabelled: rows without labels that distillation learns from.
-        resume: go on with the search that `OUT.search` keeps, or ask it for another goal.
+        search: the folder that keeps what a search tries; `OUT.search` otherwise.
+        resume: go on with the search that is kept there, or ask it for another goal.
 
     Raises:
         UserError: for an illegal order of steps, wrong options, missing or changed rows.
@@ -183,7 +185,7 @@ def compress(
     files = {"train": data, "validation": validation, "test": test, "unlabelled": unlabelled}
     flags: dict[str, Any] = {f"data.{part}": path for part, path in files.items()}
     chain = [read_step(step) if isinstance(step, str) else dict(step) for step in steps]
-    flags |= {"steps": chain or None, "max_drop": max_drop, "seed": seed}
+    flags |= {"steps": chain or None, "max_drop": max_drop, "seed": seed, "search": search}
     flags |= {f"goal.{name}": value for name, value in (goal or {}).items()}
     loaded = load(CompressConfig, file=Path(config) if config is not None else None, flags=flags)
     return compress(artifact, out, loaded.value, resume=resume, watch=watch)

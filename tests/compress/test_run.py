@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,11 +70,56 @@ def test_a_loss_that_is_not_proved_small_writes_nothing(source: Path, files: Fil
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_model_is_no_worse_than_itself(source: Path) -> None:
+def test_a_model_is_no_worse_than_itself_as_far_as_so_many_rows_can_tell(source: Path) -> None:
     engine, rows = TorchEngine(load(source)), rows_of(small_classifier(), 30)
-    proof, _ = prove(engine, engine, rows, where="rows", allowed=0.0)
-    assert proof is not None
-    assert (proof.drop, proof.interval, proof.holds) == (0.0, (0.0, 0.0), True)
+    wide, _ = prove(engine, engine, rows, where="rows", allowed=0.12)
+    close, _ = prove(engine, engine, rows, where="rows", allowed=0.01)
+    assert wide is not None
+    assert close is not None
+    assert (wide.drop, wide.holds) == (0.0, True)
+    assert not close.holds
+    assert close.rows_needed == 381
+    again, _ = prove(engine, engine, [*rows] * 13, where="rows", allowed=0.01)
+    assert again is not None
+    assert again.holds
+
+
+def test_rows_that_the_model_has_seen_prove_nothing(source: Path, files: Files, tmp_path: Path) -> None:
+    chain = ({"method": "factorise", "recover": False},)
+    for known in ("train", "validation"):
+        given = replace(files, test=getattr(files, known) or files.train, validation=files.validation or files.test)
+        if known == "validation":
+            given = replace(given, test=given.validation)
+        with pytest.raises(UserError, match="they prove nothing"):
+            compress(source, tmp_path / "out", CompressConfig(chain, data=given))
+    assert files.train is not None
+    assert files.test is not None
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(files.test.read_text() + "".join(files.train.read_text().splitlines(keepends=True)[:7]))
+    found = compress(source, tmp_path / "out", CompressConfig(chain, data=replace(files, test=mixed)))
+    assert found.proof is not None
+    assert "without 7 that are among the others too" in found.proof.where
+
+
+def test_what_a_killed_run_left_does_not_stand_in_the_way(source: Path, files: Files, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom lexmill.artifact import create\n"
+        "with create(Path(sys.argv[1]), discard_on_error=True) as writer:\n"
+        "    writer.path('model.safetensors').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    chain = ({"method": "factorise", "recover": False},)
+    assert compress(source, tmp_path / "out", CompressConfig(chain, data=files)).artifact.path == tmp_path / "out"
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_wrong_setting_says_of_which_step(source: Path, files: Files, tmp_path: Path) -> None:
+    chain = ({"method": "factorise", "recover": False}, {"method": "distil", "layers": 9})
+    with pytest.raises(UserError) as error:
+        compress(source, tmp_path / "out", CompressConfig(chain[1:], data=files))
+    assert error.value.where == "steps[0] (distil): layers"
+    assert "give fewer than" in str(error.value)
 
 
 def test_too_few_rows_say_how_many_would_do(source: Path) -> None:
@@ -117,7 +165,8 @@ def test_steps_are_read_from_the_command_line() -> None:
 
 @pytest.fixture
 def tiny_fit(source: Path, tmp_path: Path) -> Path:
-    rows = tmp_path / "train.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(small_classifier(), 48)))
-    lm.fit(rows, model=source, out=tmp_path / "fitted", test=rows, text="question", label="intent", epochs=1)
+    rows, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for seed, file in enumerate((rows, test)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(small_classifier(), 48, seed)))
+    lm.fit(rows, model=source, out=tmp_path / "fitted", test=test, text="question", label="intent", epochs=1)
     return tmp_path / "fitted"

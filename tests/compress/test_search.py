@@ -13,14 +13,17 @@ import pytest
 import torch
 from tests.compress.material import rows_of, texts
 from tests.small_classifier import small_classifier, write_artifact
+from typer.testing import CliRunner
 
+from lexmill.cli import app
 from lexmill.cli.compress import SIZES, SPANS, TIMES, quantity
 from lexmill.compress import CompressConfig, CompressResult, Files, Goal, Step, compress, measure
 from lexmill.compress.chain import own_steps
 from lexmill.compress.measure import Cost
 from lexmill.compress.proof import judge
+from lexmill.compress.search.explore import ranked
 from lexmill.compress.search.space import Candidate
-from lexmill.compress.search.telling import nearest
+from lexmill.compress.search.telling import nearest, slower
 from lexmill.compress.search.trial import PROOFS, TRIALS, Trial, front
 from lexmill.compress.sensitivity import Sensitivity, measure_sensitivity
 from lexmill.engine import RUNTIMES, Loaded, TorchEngine, open_engine
@@ -91,7 +94,9 @@ def test_a_size_is_kept_by_what_loses_least(found: CompressResult) -> None:
     assert told["tried"] == len(told["trials"]) >= 10
     assert {one["name"] for one in told["trials"]} >= {"as it is in torch", "int8 in torch", *told["front"]}
     within = [one for one in told["trials"] if one["cost"]["bytes"] <= 300_000]
-    assert told["chosen"]["proof"]["drop"] == min(one["proof"]["drop"] for one in within)
+    best = min((one["proof"] for one in within), key=lambda proof: proof["drop"])
+    reach = (best["interval"][1] - best["interval"][0]) / 3.9
+    assert told["chosen"]["proof"]["drop"] <= best["drop"] + reach
     assert found.artifact.manifest.history[-1].parameters["tried"] == told["tried"]
     same = [{"question": text} for text in texts(8, seed=5)]
     assert len(answered(TorchEngine(load(found.artifact)), same)[1]) == 8
@@ -141,6 +146,49 @@ def test_a_search_of_another_model_is_not_gone_on_with(found: CompressResult, tm
     shutil.copytree(found.artifact.path.parent / "out.search", tmp_path / "out.search")
     with pytest.raises(UserError, match="the search was of another model"):
         search(tmp_path, small_classifier(seed=1), SMALL, resume=True)
+
+
+def test_a_search_goes_on_under_another_name(found: CompressResult, tmp_path: Path) -> None:
+    folder = found.artifact.path.parent
+    known = (folder / "out.search" / TRIALS).read_text()
+    files = Files(train=folder / "train.jsonl", test=folder / "test.jsonl")
+    config = CompressConfig(max_drop=0.15, goal=replace(SMALL, epochs=1), data=files)
+    with pytest.raises(UserError, match="no search to go on with"):
+        compress(folder / "source", tmp_path / "other", config, resume=True)
+    again = compress(folder / "source", tmp_path / "other", replace(config, search=folder / "out.search"), resume=True)
+    assert methods(again) == methods(found)
+    assert (folder / "out.search" / TRIALS).read_text() == known
+    shutil.copytree(folder / "out.search", tmp_path / "broken.search")
+    (tmp_path / "broken.search" / "asked.json").write_text('{"mod')
+    with pytest.raises(UserError, match="does not say what was searched"):
+        compress(folder / "source", tmp_path / "broken", config, resume=True)
+
+
+def test_those_that_rows_cannot_tell_apart_are_alike() -> None:
+    before = np.ones(200)
+    trials: list[Trial] = []
+    for lost, (name, rate) in zip((1, 2, 30), (("int8", 50.0), ("weights", 90.0), ("heads", 900.0)), strict=True):
+        proof = judge(before, np.repeat([0.0, 1.0], [lost, 200 - lost]), where="rows", allowed=0.5)
+        cost = Cost(bytes=1_000_000, p50_ms=1.0, p99_ms=2.0, texts_per_second=rate, spread=1.0)
+        trials.append(Trial(Candidate(None, (Step(name),)), "tried", 1.0, proof, cost, replace(cost, p50_ms=0.5)))
+    names = [one.candidate.name for one in ranked(trials, Goal(size_mb=2))]
+    assert names == ["weights in torch", "int8 in torch", "heads in torch"]
+    assert next(iter(ranked(trials, Goal()))).candidate.name == "heads in torch"
+    assert "one text alone takes 2.00 times as long" in slower(trials[0])[0]
+
+
+def test_the_verb_searches_under_a_bound_of_time(found: CompressResult, tmp_path: Path) -> None:
+    folder = found.artifact.path.parent
+    command = ["compress", str(folder / "source"), "--out", str(tmp_path / "out"), "--max-drop", "0.3", "--json"]
+    command += ["--p99", "10s", "--rate", "0.1", "--prefer", "size", "--epochs", "1", "--runtime", "torch"]
+    command += ["--data", str(folder / "train.jsonl"), "--test", str(folder / "test.jsonl")]
+    command += [part for name in (*TRAINED, "vocabulary") for part in ("--without", name)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["after"]["bytes"] < told["before"]["bytes"]
+    assert told["after"]["p99_ms"] < 10_000
+    assert told["search"]["asked"]["p99_ms"] == 10_000
 
 
 def test_idle_layers_are_taken_out(tmp_path: Path) -> None:

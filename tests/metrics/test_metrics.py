@@ -209,6 +209,45 @@ def test_paired_bootstrap_tells_a_difference_from_luck() -> None:
     assert (equal.value, equal.interval, equal.p) == (0.0, (0.0, 0.0), 1.0)
 
 
+@settings(max_examples=25, deadline=None)
+@given(lost=st.integers(0, 12), won=st.integers(0, 12), ties=st.integers(1, 60))
+def test_the_interval_of_paired_answers_is_that_of_the_score_test(lost: int, won: int, ties: int) -> None:
+    items = lost + won + ties
+    shares = np.linspace(0, 1, 20_001)[1:-1]
+
+    def above(difference: float) -> float:
+        """The statistic, its nuisance parameter found by trying all there are."""
+        fine = shares[(shares + difference > 0) & (2 * shares + difference < 1)]
+        likely = won * np.log(fine + difference) + lost * np.log(fine) + ties * np.log(1 - 2 * fine - difference)
+        share = fine[likely.argmax()]
+        return (won - lost - items * difference) / np.sqrt(items * (2 * share + difference - difference**2))
+
+    low, high = metrics.tango(won, lost, items)
+    assert low < (won - lost) / items < high
+    assert -above(high) == pytest.approx(metrics.NORMAL, abs=0.02)
+    assert above(low) == pytest.approx(metrics.NORMAL, abs=0.02)
+
+
+def test_answers_that_never_differ_do_not_prove_that_they_never_will() -> None:
+    right = np.ones(12)
+    found = metrics.paired_mean(right, right)
+    assert found.value == 0
+    assert found.interval[1] == pytest.approx(metrics.NORMAL**2 / (12 + metrics.NORMAL**2), abs=1e-6)
+    assert found.interval[0] == pytest.approx(-found.interval[1])
+    near = metrics.paired_mean(np.full(12, 0.5), np.append(np.full(11, 0.5), 0.25))
+    assert near.interval[0] <= near.value - 0.25 * found.interval[1]
+
+
+def test_the_interval_of_paired_answers_holds_what_it_promises() -> None:
+    generator = np.random.default_rng(3)
+    covered = 0
+    for _ in range(2000):
+        won, lost, _ = generator.multinomial(150, (0.02, 0.03, 0.95))
+        low, high = metrics.tango(int(won), int(lost), 150)
+        covered += low <= -0.01 <= high
+    assert 0.93 <= covered / 2000 <= 0.98
+
+
 @settings(max_examples=60, deadline=None)
 @given(lost=st.integers(0, 60), won=st.integers(0, 60), ties=st.integers(0, 5))
 def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int, ties: int) -> None:

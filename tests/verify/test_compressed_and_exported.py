@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from tests.export.test_onnx import in_int8
 from tests.small_classifier import small_classifier, write_artifact
 from tests.verify.test_verify import edit, rehash
 
@@ -47,7 +48,24 @@ def test_a_weight_changed_in_the_file_is_found_though_its_hash_is_right(artifact
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
     onnx.save(model, file)
     rehash(artifact)
-    assert not found(artifact).holds
+    assert "not the weights of the model" in str(found(artifact))
+
+
+def test_a_code_changed_in_an_int8_file_is_found_though_rounding_would_hide_it(tmp_path: Path) -> None:
+    subject = small_classifier()
+    in_int8(subject, None, smooth=False)
+    write_artifact(subject, tmp_path / "source")
+    path = export(tmp_path / "source", tmp_path / "out").artifact.path
+    assert found(path).holds
+    file = path / "onnx" / "model.onnx"
+    model = onnx.load(file)
+    codes = next(one for one in model.graph.initializer if numpy_helper.to_array(one).dtype == np.int8)
+    changed = numpy_helper.to_array(codes).copy()
+    changed.flat[0] ^= 1
+    codes.CopyFrom(numpy_helper.from_array(changed, codes.name))
+    onnx.save(model, file)
+    rehash(path)
+    assert "not the weights of the model" in str(found(path))
 
 
 def test_labels_changed_beside_the_file_are_found(artifact: Path) -> None:

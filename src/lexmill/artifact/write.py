@@ -14,6 +14,9 @@ from lexmill.artifact import tree
 from lexmill.artifact.manifest import FILE_NAME, Manifest, parse
 from lexmill.errors import Failure, UserError
 
+_SCRATCH = "not to be resumed"
+"""What the lock's file holds while work is done that begins anew when it was cut off."""
+
 
 class Writer:
     """The unfinished artefact inside a `with create(…)` block.
@@ -62,7 +65,8 @@ def create(out: Path, *, resume: bool = False, discard_on_error: bool = False) -
 
     Args:
         resume: continue in the `OUT.partial/` that an earlier run left. Without one, a new run starts.
-        discard_on_error: delete `OUT.partial/` when the block raises in any case, for work that is cheap to repeat.
+        discard_on_error: delete `OUT.partial/` when the block raises in any case, for work that is not resumed; and
+            what a process that was killed in such a block left there.
 
     Raises:
         UserError: where `out` exists, where a partial run exists and `resume` is not set, or where another process
@@ -71,7 +75,10 @@ def create(out: Path, *, resume: bool = False, discard_on_error: bool = False) -
     """
     writer = Writer(Path(os.path.abspath(out)))
     earlier = writer.partial.exists()
-    with _disk_full_named(writer.partial), _locked(writer, resume):
+    if discard_on_error and _left_over(writer.partial):
+        shutil.rmtree(writer.partial)
+        earlier = False
+    with _disk_full_named(writer.partial), _locked(writer, resume, _SCRATCH if discard_on_error else ""):
         if resume:
             writer.manifest = _finished(writer.partial)
         try:
@@ -85,8 +92,12 @@ def create(out: Path, *, resume: bool = False, discard_on_error: bool = False) -
 
 
 @contextmanager
-def _locked(writer: Writer, resume: bool) -> Generator[None]:
-    """Make or reuse `OUT.partial/` and hold an exclusive lock in it; a lock dies with its process."""
+def _locked(writer: Writer, resume: bool, says: str) -> Generator[None]:
+    """Make or reuse `OUT.partial/` and hold an exclusive lock in it; a lock dies with its process.
+
+    Args:
+        says: what the lock's file shall hold.
+    """
     out, partial = writer.out, writer.partial
     if not out.name:
         raise UserError("not a place for an artefact", where=str(out), hint="give a new directory")
@@ -104,8 +115,21 @@ def _locked(writer: Writer, resume: bool) -> Generator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError("another process is writing this run", where=str(partial)) from error
+        file.truncate(0)
+        file.write(says)
+        file.flush()
         refuse_existing(out, resume=True)
         yield
+
+
+def _left_over(partial: Path) -> bool:
+    """Whether this is what a process left that was killed in work which is not resumed."""
+    try:
+        with (partial / tree.LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file.read() == _SCRATCH
+    except OSError:
+        return False
 
 
 def refuse_existing(out: Path, *, resume: bool) -> None:
@@ -114,7 +138,7 @@ def refuse_existing(out: Path, *, resume: bool) -> None:
         hint = "give another --out, or remove it; nothing is overwritten"
         raise UserError("already exists", where=str(out), hint=hint)
     partial = partial_path(out)
-    if not resume and partial.exists():
+    if not resume and partial.exists() and not _left_over(partial):
         hint = "continue it with --resume, or remove the directory to start anew"
         raise UserError("an unfinished run is already there", where=str(partial), hint=hint)
 

@@ -50,7 +50,8 @@ def compress(
     target: Annotated[str, typer.Option(help="Search: where it is measured.")] = "cpu",
     epochs: Annotated[int | None, typer.Option(help="Search: of training, in place of each method's own.")] = None,
     budget: Annotated[str | None, typer.Option(help="Search: how long, e.g. 20min.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Search: use what OUT.search holds already.")] = False,
+    search: Annotated[Path | None, typer.Option(help="Search: the folder of what is tried; OUT.search.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Search: use what that folder holds already.")] = False,
     data: Annotated[Path | None, typer.Option(help="Training rows; those of fit otherwise.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Rows to choose on; those of fit otherwise.")] = None,
     test: Annotated[Path | None, typer.Option(help="Rows for the proof; those of fit otherwise.")] = None,
@@ -83,7 +84,7 @@ def compress(
     }
     result = api.compress(
         artifact, out=out, steps=step or (), config=config, max_drop=max_drop, goal=goal, data=data,
-        validation=validation, test=test, unlabelled=unlabelled, seed=seed, resume=resume,
+        validation=validation, test=test, unlabelled=unlabelled, seed=seed, search=search, resume=resume,
         watch=output.watch(quiet=quiet or json),
     )  # fmt: skip
     output.show(result.to_dict() if json else result.lines(), json=json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -70,6 +71,7 @@ class CompressConfig:
         max_drop: the largest drop of the mean score a row that may be lost; nothing is written where the paired 95 %
             interval goes beyond it. A search needs it.
         goal: of a search.
+        search: the folder that keeps what a search tries, for `resume`; `OUT.search` where not given.
         data: see `Files`.
         seed: fixes which rows are held out, and all that methods draw.
     """
@@ -77,12 +79,15 @@ class CompressConfig:
     steps: tuple[dict[str, Any], ...] = ()
     max_drop: Annotated[float, Ge(0), Lt(1)] | None = None
     goal: Goal = field(default_factory=Goal)
+    search: Path | None = None
     data: Files = field(default_factory=Files)
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
 
     def check(self) -> None:
         """Raise a `UserError` where there is nothing to do, or two things."""
         asked = [one.name for one in fields(Goal) if getattr(self.goal, one.name) != one.default]
+        if self.search is not None:
+            asked.append("search")
         if self.steps and asked:
             hint = "leave out the steps to search for them, or the goal"
             raise UserError(f"steps are given, and '{asked[0]}' is for a search", where="goal", hint=hint)

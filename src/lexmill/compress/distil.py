@@ -114,7 +114,8 @@ class Distil(Method):
             return
         config = plain_transformer(subject.model, "layers").config
         if options.layers is not None and options.layers > config.num_layers:
-            raise UserError(f"is {options.layers}, and the teacher has {config.num_layers}", where="layers")
+            hint = f"give fewer than {config.num_layers}"
+            raise UserError(f"is {options.layers}, and the teacher has {config.num_layers}", where="layers", hint=hint)
         same = options.layers in (None, config.num_layers)
         if same and (not options.width.asked or narrowed(config, options.width) == config):
             hint = "give fewer layers, a smaller width, or another family"

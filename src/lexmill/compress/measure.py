@@ -14,8 +14,8 @@ from lexmill.engine import Loaded, Request, Runtime, TorchEngine
 from lexmill.hardware import EnergyMeter
 from lexmill.tasks import Record
 
-ALONE = 40
-"""Texts that are asked one by one in a round."""
+ALONE = 128
+"""Texts that are asked one by one in a round: enough that one in a hundred is among them."""
 TOGETHER = 512
 """Texts that are asked as a stream in a round."""
 BUSY = 1.25

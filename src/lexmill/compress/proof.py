@@ -14,11 +14,8 @@ from lexmill import metrics
 from lexmill.engine import Runtime
 from lexmill.errors import UserError
 from lexmill.evaluate import Evaluation, answered
-from lexmill.metrics import Difference
+from lexmill.metrics import NORMAL, Difference
 from lexmill.tasks import Record
-
-NORMAL = 1.959964
-"""The normal distribution's 97.5 % quantile."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Proof:
     """The drop of the mean score a row from the source to the compressed model; positive where that is worse.
 
     Args:
-        interval: its paired 95 % interval over resamples of the rows.
+        interval: its paired 95 % interval (`metrics.paired_mean`).
         rows: how many were scored.
         allowed: the largest drop that was allowed, if one was.
         rows_needed: about how many rows would prove a drop of this size to be within what is allowed; None where it is
@@ -97,12 +94,13 @@ def judge(
     old, new = before[both].astype(np.float64), after[both].astype(np.float64)
     if not len(old):
         raise UserError("no row could be scored by both", hint="are the labels in the column of training?")
-    lost = metrics.paired_bootstrap(lambda i: float(new[i].mean()), lambda i: float(old[i].mean()), len(old))
+    lost = metrics.paired_mean(new, old)
     return _judged(lost, float((old - new).std()), len(old), where, allowed)
 
 
 def _judged(lost: Difference, deviation: float, rows: int, where: str, allowed: float | None) -> Proof:
     needed = None
     if allowed is not None and lost.value < allowed < lost.interval[1]:
-        needed = math.ceil((NORMAL * deviation / (allowed - lost.value)) ** 2)
+        room = allowed - lost.value
+        needed = math.ceil(NORMAL**2 * max(deviation**2 / room**2, (1 - room) / room))
     return Proof(lost.value, lost.interval, rows, where, allowed, needed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one compression; no row is in two of them.
+    """The rows of one compression; no row of the proof is among the others.
 
     Args:
         proof_from: what the proof's rows are, in words.
@@ -64,7 +65,7 @@ def find_rows(artifact: Artifact, files: Files, seed: int, *, unseen: bool = Fal
 
     Raises:
         UserError: a file is missing, or is not the one that the artefact was fitted with, or there are no rows for a
-            proof that the model was not trained on.
+            proof that the model was not trained on, or they are those that it was.
     """
     recorded = _recorded(artifact)
     sources: dict[str, Source] = {}
@@ -78,10 +79,12 @@ def find_rows(artifact: Artifact, files: Files, seed: int, *, unseen: bool = Fal
     if files.unlabelled is not None:
         sources["unlabelled"] = _given(files.unlabelled)
     read = {part: [row.values for row in source] for part, source in sources.items()}
+    data = {part: data_fingerprint(source, len(read[part])) for part, source in sources.items()}
+    _refuse_known(data, sources, artifact)
     train, choose, proof, proof_from = _divided(read, sources, np.random.default_rng(seed), unseen)
+    proof, proof_from = _unknown(proof, proof_from, (train, choose, read["train"]))
     if not choose or not proof:
         raise UserError("too few rows: none are left to choose on or to prove on", hint="give more with --validation")
-    data = {part: data_fingerprint(source, len(read[part])) for part, source in sources.items()}
     return Rows(train, choose, proof, read.get("unlabelled", []), proof_from, data)
 
 
@@ -104,6 +107,31 @@ def _divided(
     chosen = set(order.permutation(len(train))[: round(HELD_OUT * len(train))].tolist())
     choose = [row for i, row in enumerate(train) if i in chosen]
     return [row for i, row in enumerate(train) if i not in chosen], choose, read["test"], proof_from
+
+
+def _refuse_known(data: Mapping[str, Any], sources: Mapping[str, Source], artifact: Artifact) -> None:
+    """Raise a `UserError` where the test rows are a file that the model, or a choice, has seen."""
+    if "test" not in sources:
+        return
+    fitted = cast("Mapping[str, Mapping[str, Any]]", artifact.manifest.data)
+    for part in ("train", "validation"):
+        seen = {one[part]["sha256"] for one in (data, fitted) if part in one and "sha256" in one[part]}
+        if data["test"]["sha256"] in seen:
+            what = "trained on" if part == "train" else "chosen on"
+            hint = "give rows with --test that the model has not seen"
+            raise UserError(f"these rows were {what}: they prove nothing", where=str(sources["test"].path), hint=hint)
+
+
+def _unknown(proof: Sequence[Record], said: str, others: Sequence[Sequence[Record]]) -> tuple[Sequence[Record], str]:
+    """The rows of a proof that are not, value for value, among the others."""
+    known = {_spelled(row) for rows in others for row in rows}
+    left = [row for row in proof if _spelled(row) not in known]
+    dropped = len(proof) - len(left)
+    return left, f"{said}, without {dropped:,} that are among the others too" if dropped else said
+
+
+def _spelled(row: Record) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
 
 
 def _given(path: Path) -> Source:

@@ -53,7 +53,11 @@ def _run_chain(artifact: Artifact, original: Loaded, out: Path, config: Compress
     subject = load(artifact)
     for index, step in enumerate(chain):
         method, options = step.read(f"steps[{index}]")
-        method.check(subject, options)
+        try:
+            method.check(subject, options)
+        except UserError as fault:
+            where = f"steps[{index}] ({step.method}){f': {fault.where}' if fault.where else ''}"
+            raise UserError(fault.message, where=where, hint=fault.hint) from fault
     rows = find_rows(artifact, config.data, config.seed)
     material = Material(
         [original], rows.train, rows.validation, rows.unlabelled, config.seed, watch.note, following(watch)

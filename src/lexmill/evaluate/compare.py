@@ -110,7 +110,7 @@ def compare(
         len(rows),
         first.task.evaluate(answers, asked),
         second.task.evaluate(others, asked),
-        metrics.paired_bootstrap(lambda i: float(a[i].mean()), lambda i: float(b[i].mean()), len(rows)),
+        metrics.paired_mean(a, b),
         metrics.mcnemar(a > 0, b > 0) if right_or_wrong else None,
         int((a > b).sum()),
         int((b > a).sum()),

@@ -46,6 +46,11 @@ class Format(ABC):
         """What a written file answers to these records, by the names of the subject's own evidence. Nothing of the
         subject's model may be asked: it tells what the task and the tokenizer are."""
 
+    def check(self, subject: Loaded, file: Path) -> None:
+        """Raise a `UserError` where a file that was written earlier does not hold the subject's weights, as far as a
+        format can tell without asking it. Answers alone miss a changed number where codes are rounded."""
+        return
+
     def tolerance(self, subject: Loaded, options: Any) -> float:
         """The largest max|a-b| / max|b| over the evidence of a probe that still counts as the same answer; of half of
         all probes it may be a quarter of that."""

@@ -40,7 +40,11 @@ class Gguf(Format):
             raise UserError(f"GGUF has no numbers of the kind {subject.model.dtype}", where="export")
         with TemporaryDirectory(dir=folder) as plain:
             write_plain(subject, Path(plain))
-            export_gguf(Path(plain), folder / FILE, kind)
+            try:
+                export_gguf(Path(plain), folder / FILE, kind)
+            except UserError as fault:  # of a folder that nobody will find again
+                where = (fault.where or "").replace(plain, "").strip("/")
+                raise UserError(fault.message, where=where or "export", hint=fault.hint) from fault
         return [FILE]
 
     def evidence(self, subject: Loaded, file: Path, records: Sequence[Record]) -> list[Evidence]:

@@ -112,7 +112,7 @@ def exported(artifact: Artifact, loaded: Loaded) -> Iterator[tuple[str, Parity |
     where it gives none.
 
     Args:
-        loaded: the artefact's own task and tokenizer; its model is not asked.
+        loaded: the artefact's own; its model is not asked, but its weights are what a file must hold.
     """
     written = cast("dict[str, Any]", artifact.manifest.structure.get(NAME, {}))
     if not written:
@@ -121,6 +121,7 @@ def exported(artifact: Artifact, loaded: Loaded) -> Iterator[tuple[str, Parity |
     for file, entry in written.items():
         try:
             form = find(file.split("/")[0])
+            form.check(loaded, artifact.file(file))
             got = form.evidence(loaded, artifact.file(file), source.records)
             yield file, measure(source.evidence, got, entry["tolerance"], labelled=any(loaded.task.labels().values()))
         except UserError as fault:

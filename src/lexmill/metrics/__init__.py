@@ -14,7 +14,7 @@ from lexmill.metrics.classification import (
     f1,
     per_class,
 )
-from lexmill.metrics.compare import Difference, mcnemar, paired_bootstrap
+from lexmill.metrics.compare import NORMAL, Difference, mcnemar, paired_bootstrap, paired_mean, tango
 from lexmill.metrics.correlation import pearson, products, ranks, spearman
 from lexmill.metrics.diversity import distinct
 from lexmill.metrics.entities import count_entities, entity_scores
@@ -37,6 +37,7 @@ from lexmill.metrics.ranking import (
 )
 
 __all__ = [
+    "NORMAL",
     "Average",
     "Counts",
     "Difference",
@@ -67,6 +68,7 @@ __all__ = [
     "nearest",
     "own_ranks",
     "paired_bootstrap",
+    "paired_mean",
     "pearson",
     "per_class",
     "products",
@@ -75,4 +77,5 @@ __all__ = [
     "reliability",
     "roc_auc",
     "spearman",
+    "tango",
 ]

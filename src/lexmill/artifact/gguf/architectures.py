@@ -177,7 +177,7 @@ def named(config: Mapping[str, Any], where: Path) -> tuple[str, Architecture]:
         if {architecture.causal_lm, *architecture.alike} & set(config.get("architectures") or ()):
             return name, architecture
     found = ", ".join(config.get("architectures") or ()) or "no architecture"
-    hint = f"can be: {', '.join(one.causal_lm for one in _KNOWN.values())}"
+    hint = f"can be: {', '.join(name for one in _KNOWN.values() for name in (one.causal_lm, *one.alike))}"
     raise UserError(f"{found} cannot be written as GGUF", where=str(where), hint=hint)
 
 

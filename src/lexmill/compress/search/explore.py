@@ -8,7 +8,7 @@ is trained; it is trained only where that would help.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lexmill.compress.base import Step
 from lexmill.compress.config import Goal
@@ -19,6 +19,7 @@ from lexmill.compress.search.workshop import OutOfTime, Workshop
 from lexmill.compress.sensitivity import Sensitivity
 from lexmill.engine import Loaded
 from lexmill.errors import UserError
+from lexmill.metrics import NORMAL
 
 FINISHES = 3
 """Of what needs no training, how many ways to finish are tried after a trained step."""
@@ -43,6 +44,19 @@ def order(goal: Goal) -> Callable[[Trial], tuple[float, ...]]:
         return (trial.proof.drop, own) if goal.preference == "accuracy" else (own, trial.proof.drop)
 
     return key
+
+
+def ranked(trials: Iterable[Trial], goal: Goal) -> list[Trial]:
+    """The best first. Where accuracy is preferred, those within a standard error of the one that loses least come
+    before the rest, the cheapest of them first: rows cannot tell them apart."""
+    found = sorted(trials, key=order(goal))
+    if goal.preference != "accuracy" or not found:
+        return found
+    best = found[0].proof
+    assert best is not None
+    reach = best.drop + (best.interval[1] - best.interval[0]) / (2 * NORMAL)
+    alike = [one for one in found if one.proof is not None and one.proof.drop <= reach]
+    return sorted(alike, key=lambda one: merit(one.cost, goal) if one.cost else math.inf) + found[len(alike) :]
 
 
 class Explorer:
@@ -87,7 +101,7 @@ class Explorer:
     def meeting(self) -> list[Trial]:
         """Those that lose little enough, keep all bounds, and are better than the model as it is in what is preferred;
         the best first."""
-        return sorted((one for one in self.trials.values() if self.meets(one)), key=order(self._goal))
+        return ranked((one for one in self.trials.values() if self.meets(one)), self._goal)
 
     def meets(self, trial: Trial) -> bool:
         """Whether a trial could be chosen."""

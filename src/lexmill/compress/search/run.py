@@ -18,7 +18,7 @@ from lexmill.compress.config import CompressConfig
 from lexmill.compress.measure import Cost
 from lexmill.compress.proof import Proof, prove
 from lexmill.compress.rows import Rows, find_rows
-from lexmill.compress.search.explore import Explorer, order
+from lexmill.compress.search.explore import Explorer, ranked
 from lexmill.compress.search.page import write_page
 from lexmill.compress.search.space import check_names, finishes
 from lexmill.compress.search.telling import Story, nearest, off, tell
@@ -44,7 +44,8 @@ def search(
     """Find the chain and the runtime that reach the goal, prove them and write them.
 
     Args:
-        out: where the artefact goes. What is tried is kept beside it, in `OUT.search`, to go on with.
+        out: where the artefact goes. What is tried is kept in `config.search`, beside it in `OUT.search` where not
+            given, to go on with.
 
     Raises:
         UserError: as `compress`; energy is bounded and cannot be measured; the model as it is reaches the goal.
@@ -58,7 +59,8 @@ def search(
     runtimes = _runtimes(original)
     check_names(goal, runtimes)
     rows = find_rows(artifact, config.data, config.seed, unseen=True)
-    ledger = Ledger(out.with_name(out.name + ".search"), fingerprint(artifact, rows, config), resume=resume)
+    folder = config.search or out.with_name(out.name + ".search")
+    ledger = Ledger(folder, fingerprint(artifact, rows, config), resume=resume)
     follow = following(watch)
     material = Material([load(artifact)], rows.train, rows.validation, rows.unlabelled, config.seed, watch.note, follow)
     deadline = None if goal.budget_minutes is None else time.monotonic() + 60 * goal.budget_minutes
@@ -93,6 +95,8 @@ def search(
         if not proof.holds:
             hint = "nothing was written: allow more, or give more rows with --test"
             said = [f"{final.trial.candidate.name} was chosen", *proof.lines()]
+            if opened > 1:
+                said.append(f"this search has asked these rows {opened} times by now")
             raise Failure("; ".join(said), where=str(out), hint=hint)
         work = _Finished(artifact, out, rows, built, final, proof, evaluation, told)
         made = work.written(ledger.folder, config, time.perf_counter() - began)
@@ -136,9 +140,9 @@ def _final(workshop: Workshop, explorer: Explorer, config: CompressConfig, watch
         near = again[0]
         what = f"{near.candidate.name} was within once, and is not when measured longer: {off(near, config.goal)}"
         raise Failure(what, hint="go on with --resume when nothing else runs, or ask for less")
-    ranked = sorted(fitting, key=order(config.goal))
-    chosen = ranked[0]
-    return _Final(chosen, {"before": costs["before"], "after": costs[chosen.candidate.name]}, ranked)
+    best = ranked(fitting, config.goal)
+    chosen = best[0]
+    return _Final(chosen, {"before": costs["before"], "after": costs[chosen.candidate.name]}, best)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ WORDS = {
     "energy_mj": "at most {:g} mJ a text",
 }
 _BEST = {"accuracy": "that which loses the least", "speed": "the fastest", "size": "the smallest"}
+_SLOWER = 1.05
+"""Beyond this a time is longer, and not only measured so."""
 _HEAD = ("loses", "95 % interval", "MB", "p50 ms", "p99 ms", "texts/s")
 
 
@@ -98,14 +100,27 @@ def _reasons(story: Story, opened: int) -> list[str]:
     ]
     for other in story.ranked[1:]:
         lines.append(f"  before {other.candidate.name}, {_against(other, chosen)}")
+    lines += slower(chosen)
     if story.explorer.out_of_time:
-        lines.append("  the budget was spent: --resume goes on, under another --out")
+        lines.append("  the budget was spent: --resume goes on, with --search to name this folder and another --out")
     lines += [f"  without {name}: {why}" for name, why in sorted(story.explorer.left_out.items())]
     if opened > 1:
         lines.append(
             f"  the rows of the proof have been asked {opened} times by now: each time makes them say a little less"
         )
     return lines
+
+
+def slower(chosen: Trial) -> list[str]:
+    """What of the chosen one takes longer than of the model as it was."""
+    assert chosen.cost is not None
+    assert chosen.reference is not None
+    times = {
+        "one text alone": chosen.cost.p50_ms / chosen.reference.p50_ms,
+        "a stream": chosen.reference.texts_per_second / chosen.cost.texts_per_second,
+    }
+    slow = [f"{what} takes {ratio:.2f} times as long" for what, ratio in times.items() if ratio > _SLOWER]
+    return [f"  slower than the model as it is: {', '.join(slow)}"] if slow else []
 
 
 def _against(other: Trial, chosen: Trial) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,8 @@ class Ledger:
         resume: whether an earlier search's may be there. What does not depend on the goal is used again.
 
     Raises:
-        UserError: it is there and is not to be resumed, or it was of another model, other rows or other epochs.
+        UserError: it is there and is not to be resumed, or the other way round, or it was of another model, other rows
+            or other epochs.
     """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
@@ -141,13 +143,18 @@ class Ledger:
         if folder.exists() and not resume:
             hint = "give --resume to go on with it, or delete it"
             raise UserError("there is a search already", where=str(folder), hint=hint)
+        if resume and not file.is_file():
+            hint = "leave out --resume, or name its folder with --search"
+            raise UserError("there is no search to go on with", where=str(folder), hint=hint)
         if file.is_file():
-            earlier = json.loads(file.read_text("utf-8"))
+            earlier = _asked(file)
             if changed := sorted(key for key in asked if asked[key] != earlier.get(key)):
                 what = f"the search was of another {' and '.join(changed)}"
-                raise UserError(what, where=str(folder), hint="leave out --resume, and give another --out")
+                raise UserError(what, where=str(folder), hint="leave out --resume, and give another --out or --search")
         (folder / SHAPES).mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asked, indent=2) + "\n", "utf-8")
+        whole = file.with_name(f"{ASKED}.tmp")
+        whole.write_text(json.dumps(asked, indent=2) + "\n", "utf-8")
+        whole.replace(file)
         self._known = {(one.candidate.name, one.stage): one for one in _read(folder / TRIALS)}
 
     @property
@@ -160,19 +167,33 @@ class Ledger:
     def add(self, trial: Trial) -> Trial:
         """Write it down, at once."""
         self._known[trial.candidate.name, trial.stage] = trial
-        with (self.folder / TRIALS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(trial.to_dict()) + "\n")
+        _append(self.folder / TRIALS, trial.to_dict())
         return trial
 
     def proved(self, name: str, proof: Proof) -> int:
         """Note that the rows of the proof were asked. How often that is by now."""
-        with (self.folder / PROOFS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, **proof.to_dict()}) + "\n")
+        _append(self.folder / PROOFS, {"name": name, **proof.to_dict()})
         return len((self.folder / PROOFS).read_text("utf-8").splitlines())
 
     def shape(self, name: str) -> Path:
         """Where the artefact of a trained step is kept."""
         return self.folder / SHAPES / "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _asked(file: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        hint = "delete the folder to search anew"
+        raise UserError(f"does not say what was searched: {error}", where=str(file), hint=hint) from error
+
+
+def _append(file: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line; one that was cut off before it is ended first."""
+    with file.open("a+b") as lines:
+        lines.seek(max(lines.seek(0, os.SEEK_END) - 1, 0))
+        whole = lines.read() in (b"", b"\n")
+        lines.write(("" if whole else "\n").encode() + json.dumps(entry).encode() + b"\n")
 
 
 def _read(file: Path) -> list[Trial]:

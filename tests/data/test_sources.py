@@ -133,7 +133,7 @@ BROKEN = {
     "mac.csv": (b"text,label\ra,b\r", 1, "CR alone", "LF"),
     "twice.csv": (b"text,text\na,b\n", 1, "two columns are named 'text'", "own name"),
     "unnamed.csv": (b"text,\na,b\n", 1, "column 2 has no name", "names every column"),
-    "semicolon.csv": (b"text;label\na;b\n", 1, "one column that holds ';'", "--delimiter ';'"),
+    "semicolon.csv": (b"text;label\na;b\n", 1, "one column that holds ';'", "data.delimiter=';'"),
     "torn.jsonl": (b'{"text": "a"}\n{"text": \n', 2, "not JSON", "one JSON object"),
     "list.jsonl": (b'[1, 2]\n', 1, "the line is a list, not an object", "one JSON object"),
     "deep.jsonl": (b"[" * 200_000 + b"\n", 1, "JSON", "one JSON object"),
@@ -206,7 +206,7 @@ def test_an_unknown_encoding_and_a_long_delimiter_are_errors(tmp_path: Path) -> 
     path = write(tmp_path / "a.csv", CSV)
     assert failure(path, encoding="utf-9").where == "--encoding"
     assert failure(path, encoding="hex").where == "--encoding"
-    assert failure(path, delimiter="||").where == "--delimiter"
+    assert failure(path, delimiter="||").where == "delimiter"
 
 
 def test_a_cut_off_or_false_compressed_file_is_an_error_even_when_skipping(tmp_path: Path) -> None:

@@ -75,6 +75,22 @@ def test_what_cannot_be_learnt_is_said(config, texts, match) -> None:
         train_tokenizer(texts, config)
 
 
+CHINESE = ["".join(chr(0x4E00 + (i * 7 + j) % 700) for j in range(40)) for i in range(120)]
+
+
+def test_as_many_characters_have_a_token_as_there_is_room_for() -> None:
+    """Single ideographs are words of their own, so that nothing but them fills a WordPiece vocabulary."""
+    assert train_tokenizer(CHINESE, TokenizerConfig("wordpiece", 600)).get_vocab_size() == 600
+    with pytest.raises(UserError, match="no more than 705 tokens"):
+        train_tokenizer(CHINESE, TokenizerConfig("wordpiece", 2000))
+    assert train_tokenizer(CHINESE, TokenizerConfig("wordpiece", 705)).get_vocab_size() == 705
+
+
+def test_too_few_unigrams_for_all_characters_ask_for_more() -> None:
+    with pytest.raises(UserError, match="a larger vocab_size"):
+        train_tokenizer(CHINESE, TokenizerConfig("unigram", 300))
+
+
 def test_fewer_tokens_are_taken_where_that_is_allowed() -> None:
     tokenizer = train_tokenizer(TEXTS[:20], TokenizerConfig("wordpiece", 5000), fewer=True)
     assert 30 < tokenizer.get_vocab_size() < 5000

@@ -14,7 +14,7 @@ from tests.small_classifier import small_classifier, write_artifact
 
 from lexmill.engine import Cancelled, Expired, Loaded, Request, TorchEngine, open_engine
 from lexmill.engine.probes import evidence, probe_records
-from lexmill.engine.runtime import micro_batches
+from lexmill.engine.runtime import micro_batches, refuse_half_characters
 from lexmill.errors import UserError
 from lexmill.nn import matmul
 from lexmill.nn.linear import Linear
@@ -147,3 +147,12 @@ def test_micro_batches_hold_every_item_once_sorted_and_within_the_budget(lengths
     assert sorted(flat) == list(range(len(lengths)))
     assert [lengths[i] for i in flat] == sorted(lengths)
     assert all(len(part) == 1 or sum(lengths[i] for i in part) <= budget for part in parts)
+
+
+@pytest.mark.parametrize(
+    "record", [{"text": "a \ud800 b"}, {"text": ["a", "\udfff"]}, {"messages": [{"content": "\ud800"}]}]
+)
+def test_half_of_a_surrogate_pair_is_an_error_in_words(record: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        refuse_half_characters(record)
+    refuse_half_characters({"text": "\U0001f600", "n": 3})

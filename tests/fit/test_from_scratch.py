@@ -178,3 +178,15 @@ def test_what_cannot_start_is_said(tmp_path: Path) -> None:
             tmp_path / "out",
         )
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_decoder_with_little_room_is_asked_shorter_probes(tmp_path: Path) -> None:
+    model = directory(tmp_path / "gpt2", GPT2)
+    config = FitConfig(
+        DataConfig(write_rows(tmp_path / "train.jsonl", rows(24))), model=str(model), init="random", task="generate",
+        options={"max_length": 48}, train=TrainConfig(epochs=1, batch_size=8),
+    )  # fmt: skip
+    made = fit(config, tmp_path / "out").artifact
+    probes = json.loads(made.file("probes.json").read_text("utf-8"))["probes"]
+    assert max(len(one["record"]["text"]) for one in probes) < 400
+    assert len({one["record"]["text"] for one in probes}) > 40

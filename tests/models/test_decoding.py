@@ -98,3 +98,9 @@ def test_an_answer_ends_where_it_is_told_to() -> None:
     model.add_language_head("lm")
     found = generate(model, [[5], [6]], 9, ended=lambda index, so_far: index == 1 and len(so_far.ids) == 2)
     assert [len(one.ids) for one in found] == [9, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-39, 1e-9])
+def test_so_low_a_temperature_takes_the_likeliest(temperature: float) -> None:
+    chooser = Chooser(Sampling(temperature=temperature, seed=1), SEEN)
+    assert [chooser(logits) for logits in LOGITS] == [int(logits.argmax()) for logits in LOGITS]

@@ -179,6 +179,14 @@ def test_bad_bodies_get_a_plain_message_naming_the_place(
     assert says in error["message"]
 
 
+def test_half_of_a_surrogate_pair_is_the_callers_mistake(start: Start, loaded: Loaded) -> None:
+    client = start({"one": TorchEngine(loaded)})
+    body = b'{"texts": ["all is well", "\\ud800"]}'
+    reply = client.post("/v1/classify", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 422
+    assert "half of a surrogate pair" in error_of(reply)["message"]
+
+
 def test_other_bad_requests(start: Start, loaded: Loaded) -> None:
     client = start({"small": TorchEngine(loaded)}, Limits(items=3))
     form = client.post("/v1/classify", content='{"texts": ["a"]}', headers={"content-type": "text/plain"})

@@ -114,13 +114,24 @@ def test_what_cannot_be_used_says_why() -> None:
         ({**row(None), "question": "why " * 30}, "leaves 0 for its context"),
         ({**row(None), "answers": [{"text": "fee", "start": 0}]}, "does not stand at character 0"),
         ({**row(None), "answers": "fee"}, "no list of answers"),
-        (row(CONTEXT), "in no window"),
     ]:
         with pytest.raises(UserError, match=message):
             task.encode([record], tokenizer(), labelled=True)
     squad = {**row(None), "answers": {"text": ["fee"], "answer_start": [4]}}
     assert perfect(task, squad).text == "fee"
     assert Answer.from_state(json.loads(json.dumps(task.state()))).state() == task.state()
+
+
+def test_an_answer_that_no_window_holds_is_told_of_and_not_learnt() -> None:
+    task, long = task_of().for_tokenizer(tokenizer()), row(CONTEXT)
+    [example] = task.encode([long], tokenizer(), labelled=True)
+    batch = collate([example])
+    assert {end: weights.sum() for end, weights in task.item_weights(batch).items()} == {"start": 0, "end": 0}
+    rows = [(f"file:{i}", record) for i, record in enumerate([*DATA, long])]
+    [finding] = task.inspect(iter(rows))
+    assert (finding.code, finding.count) == ("unreachable_answers", 1)
+    assert f"file:{len(DATA)}" in finding.examples[0]
+    assert list(task.inspect(iter(rows[:-1]))) == []
 
 
 def test_the_loss_is_that_of_the_slow_loop_packed_padded_and_cut() -> None:

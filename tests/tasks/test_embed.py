@@ -261,7 +261,7 @@ def test_minilm_orders_real_pairs_as_people_do(minilm: Path, shared_data: Path) 
     ("row", "columns", "message"),
     [
         ({"a": "x", "b": "y", "score": "high"}, SCORED, "'high' of column 'score' is not a number"),
-        ({"a": "x", "b": None, "score": 1}, SCORED, "a record has no 'b'"),
+        ({"a": "x", "b": None, "score": 1}, SCORED, "'b' of a record is null"),
         ({"a": "x", "b": "y", "score": 1, "n": "z"}, {**SCORED, "negatives": "n"}, "no use for negatives"),
     ],
 )
@@ -277,3 +277,14 @@ def test_the_state_survives_and_requests_become_records() -> None:
     assert (
         batch_of(task, task.encode(task.items(task.probe(["x", "y"])), tokenizer(), labelled=False)).num_examples == 2
     )
+
+
+def test_scores_that_are_all_alike_are_an_error_in_the_data() -> None:
+    records = [
+        {"a": "x", "b": "y", "score": 1.0},
+        {"a": "y", "b": "z", "score": "1"},
+        {"a": "y", "b": "z", "score": None},
+    ]
+    columns = {"text": "a", "text_pair": "b", "score": "score"}
+    with pytest.raises(UserError, match="'score' holds only 1"):
+        Embed.from_records(records, columns, EmbedOptions())

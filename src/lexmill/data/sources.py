@@ -163,7 +163,7 @@ def open_source(
         raise UserError(f"unknown format '{format}'", where=str(path), hint=f"known formats: {', '.join(FORMATS)}")
     delimiter = delimiter or ("\t" if format == "tsv" else ",")
     if len(delimiter) != 1 or delimiter in '"\r\n\0':
-        raise UserError(f"the delimiter {delimiter!r} is not one character", where="--delimiter", hint="e.g. ';'")
+        raise UserError(f"the delimiter {delimiter!r} is not one character", where="delimiter", hint="e.g. ';'")
     if path.is_file() and not path.stat().st_size:
         raise UserError("the file is empty", where=str(path), hint="at least one row is needed")
     return Source(path, Reading(format, check_encoding(encoding), delimiter, quotes, skip_bad, max_line_bytes))
@@ -225,7 +225,7 @@ def _format_of(path: Path) -> str:
     found = SUFFIXES.get(plain.suffix.lower())
     if found is None or (found == "parquet" and plain is not path):
         known = ", ".join(SUFFIXES)
-        hint = f"known: {known}, text ones also with {' or '.join(COMPRESSED)}; or name it with --format"
+        hint = f"known: {known}, text ones also with {' or '.join(COMPRESSED)}"
         raise UserError(f"unknown suffix '{path.suffix}'", where=str(path), hint=hint)
     return found
 
@@ -367,7 +367,7 @@ def _header(fields: Sequence[str], delimiter: str, where: str) -> list[str]:
             raise UserError(f"two columns are named '{name}'", where=where, hint="give each column its own name")
     other = next((mark for mark in "\t;|," if mark != delimiter and mark in names[0]), None)
     if len(names) == 1 and other:
-        hint = f"name the delimiter: --delimiter {other!r}"
+        hint = f"part columns by commas, or by tabs in a .tsv file; `fit` takes --set data.delimiter={other!r} too"
         raise UserError(f"the header '{names[0]}' is one column that holds {other!r}", where=where, hint=hint)
     return names
 

@@ -106,7 +106,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, *, fewer: boo
     except UserError:
         raise
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"no tokenizer can be made of this text: {error}", hint="give more text") from error
+        small = "not large enough" in str(error)
+        hint = "give a larger vocab_size: every character needs a token" if small else "give more text"
+        raise UserError(f"no tokenizer can be made of this text: {error}", where="vocab_size", hint=hint) from error
     if not pieces.characters:
         raise UserError("there is no text to learn a tokenizer from", hint="name the text column")
     found = tokenizer.get_vocab_size()
@@ -242,7 +244,11 @@ def _trainer(config: TokenizerConfig, style: Style, unknown: str | None) -> trai
         )
     if config.kind == "wordpiece":
         return trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=special, min_frequency=2, limit_alphabet=size // 2, show_progress=False
+            vocab_size=size,
+            special_tokens=special,
+            min_frequency=2,
+            limit_alphabet=size - len(special),
+            show_progress=False,
         )
     return trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token=unknown, show_progress=False)
 

@@ -18,12 +18,15 @@ from tokenizers import Tokenizer
 from lexmill.data.batch import collate
 from lexmill.engine.loaded import Loaded
 from lexmill.engine.runtime import Runtime
+from lexmill.errors import UserError
 from lexmill.models import Model
 from lexmill.tasks.base import Record, Task
 
 FILE = "probes.json"
 """Where an artefact keeps what `record` gives."""
 FORMAT = 1
+_SHARES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""By which whole texts are divided until a model has room for all of them."""
 
 
 def probe_texts() -> list[str]:
@@ -79,11 +82,23 @@ def evidence_of(engine: Runtime, records: Sequence[Record]) -> list[dict[str, fl
 def record(task: Task, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """What `verify` compares with later, as JSON for an artefact's `probes.json`: the request, the records it holds,
     and the evidence behind each answer of the model as it stands in memory, its floats exact."""
-    request = probe_request(task)
+    request, found = _answerable(Loaded(task, model, tokenizer))
     records = task.items(request)
-    found = evidence(Loaded(task, model, tokenizer), records)
     return {
         "format": FORMAT,
         "request": request.model_dump(mode="json"),
         "probes": [{"record": dict(one), "evidence": e} for one, e in zip(records, found, strict=True)],
     }
+
+
+def _answerable(loaded: Loaded) -> tuple[BaseModel, list[dict[str, float]]]:
+    """The request and the evidence; of shorter texts, where the model has no room for the whole ones."""
+    texts = probe_texts()
+    for share in _SHARES:
+        request = loaded.task.probe([text[: -(-len(text) // share)] for text in texts])
+        try:
+            return request, evidence(loaded, loaded.task.items(request))
+        except UserError:
+            if share == _SHARES[-1]:
+                raise
+    raise AssertionError("the last share returns or raises")

@@ -136,7 +136,12 @@ class Runtime(ABC):
         return None
 
     def _encode(self, task: Task, records: Sequence[Record], *, labelled: bool) -> list[Example | Exception]:
-        return _isolated(lambda some: task.encode(some, self._loaded.tokenizer, labelled=labelled), records)
+        def encode(some: Sequence[Record]) -> Sequence[Example]:
+            for record in some:
+                refuse_half_characters(record)
+            return task.encode(some, self._loaded.tokenizer, labelled=labelled)
+
+        return _isolated(encode, records)
 
     def _encode_by_adapter(
         self, records: Sequence[Record], adapters: Sequence[str | None]
@@ -173,6 +178,26 @@ class Runtime(ABC):
             for i, answer in zip(due, found, strict=True):
                 answers[i] = answer
         return answers
+
+
+def refuse_half_characters(value: object) -> None:
+    """Raise a `UserError` where a text in a record holds half of a surrogate pair, which JSON can spell and no
+    tokenizer reads."""
+    match value:
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                hint = "\\ud800 to \\udfff stand for a character only in pairs"
+                raise UserError("half of a surrogate pair is no text", hint=hint) from None
+        case Mapping():
+            for one in value.values():
+                refuse_half_characters(one)
+        case list() | tuple():
+            for one in value:
+                refuse_half_characters(one)
+        case _:
+            pass
 
 
 def num_tokens(example: Example) -> int:

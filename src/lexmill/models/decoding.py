@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -29,6 +31,11 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn: logits divided by so little would not be finite."""
+        return self.temperature < _COLDEST
 
 
 GREEDY = Sampling()
@@ -64,7 +71,7 @@ def keep_top_p(logits: Float[Tensor, "vocab"], p: float) -> Float[Tensor, "vocab
 def distribution(logits: Float[Tensor, "vocab"], sampling: Sampling, seen: Sequence[int]) -> Float[Tensor, "vocab"]:
     """The logits that a token is drawn from: repetition, temperature, top-k and top-p, in this order."""
     logits = penalised(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return logits
     return keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
 
@@ -88,11 +95,11 @@ class Chooser:
     @property
     def plain(self) -> bool:
         """Whether this is the likeliest token, nothing else asked for."""
-        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0
+        return self.sampling.greedy and self.sampling.repetition_penalty == 1.0
 
     def __call__(self, logits: Float[Tensor, "vocab"]) -> int:
         shaped = distribution(logits, self.sampling, self._seen)
-        if self.sampling.temperature == 0:
+        if self.sampling.greedy:
             token = int(shaped.argmax())
         else:
             token = int(torch.multinomial(shaped.softmax(0).cpu(), 1, generator=self._generator))

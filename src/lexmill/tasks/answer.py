@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lexmill import metrics
 from lexmill.data.batch import IGNORE, Batch, Example
+from lexmill.data.check import Finding
 from lexmill.data.columns import Role
 from lexmill.errors import UserError
 from lexmill.models import Model
@@ -27,6 +28,7 @@ from lexmill.tasks.windows import Window, places_of, windows_of
 
 HEAD = "span"
 ENDS = ("start", "end")
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Answer(Task):
     def __init__(self, columns: Mapping[str, str], options: AnswerOptions) -> None:
         self.columns = dict(columns)
         self.options = options
+        self._tokenizer: Tokenizer | None = None
 
     # --- construction -----------------------------------------------------------------------------------------
     @classmethod
@@ -124,13 +127,37 @@ class Answer(Task):
     def state(self) -> dict[str, Any]:
         return {"columns": self.columns, "options": asdict(self.options)}
 
+    def for_tokenizer(self, tokenizer: Tokenizer) -> Self:
+        task = type(self)(self.columns, self.options)
+        task._tokenizer = tokenizer
+        return task
+
+    def inspect(self, rows: Iterator[tuple[str, Record]]) -> Iterator[Finding]:
+        """How many answers are so long that no window holds them."""
+        assert self._tokenizer is not None
+        count, lost = 0, list[str]()
+        for where, record in rows:
+            answers = self._answers(record)
+            count += bool(answers)
+            # Windows share `stride` tokens, so that only a longer answer may stand in none.
+            if not answers or len(answers[0][1].encode()) <= self.options.stride:
+                continue
+            start, text = answers[0]
+            if not any(places_of(self._windows([record], self._tokenizer)[0], start, start + len(text))):
+                lost.append(f"{where}: '{text[:40]}…'")
+        if lost:
+            share = f"{len(lost):,} of {count:,} answers ({len(lost) / count:.2%})"
+            message = f"{share} are longer than what windows share: they are not learnt, and cannot be found whole"
+            yield Finding("warning", "unreachable_answers", message, len(lost), tuple(lost[:_EXAMPLES]))
+
     def labels(self) -> Mapping[str, Sequence[str]]:
         return {HEAD: ()}
 
     # --- text to tokens ---------------------------------------------------------------------------------------
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, *, labelled: bool) -> list[Example]:
         """The windows of each record. With `labelled`, 1 at the token of each window that its first answer starts or
-        ends at; at the window's first token where it does not hold the answer."""
+        ends at; at the window's first token where it does not hold the answer. An answer that no window holds is not
+        learnt from."""
         examples: list[Example] = []
         for record, windows in zip(records, self._windows(records, tokenizer), strict=True):
             answers = self._answers(record) if labelled else None
@@ -279,10 +306,13 @@ class Answer(Task):
 
 
 def _marks(windows: Sequence[Window], answer: tuple[int, str] | None) -> dict[str, Int[np.ndarray, "tok"]]:
-    """By head, 1 at one token of each window, `IGNORE` elsewhere."""
+    """By head, 1 at one token of each window, `IGNORE` elsewhere; at all tokens where no window holds the answer."""
     held: list[tuple[int, int] | None] = [None for _ in windows]
     if answer is not None:
         held = places_of(windows, answer[0], answer[0] + len(answer[1]))
+        if not any(held):
+            nothing = np.full(sum(len(window.tokens.ids) for window in windows), IGNORE, np.int64)
+            return {end: nothing.copy() for end in ENDS}
     found: dict[str, np.ndarray] = {}
     for side, end in enumerate(ENDS):
         parts = [np.full(len(window.tokens.ids), IGNORE, np.int64) for window in windows]

@@ -370,6 +370,9 @@ class Classify(Task):
         for name, head in self.heads.items():
             rows = [(a[name], label[name]) for a, label in zip(answers, labels, strict=True) if name in label]
             if not rows:
+                if any(self._outside(record) for record in records):
+                    hint = "give rows with labels too"
+                    raise UserError("all rows are out of scope", where="options.out_of_scope", hint=hint)
                 raise UserError(f"no record has a label in column '{head.column}'", hint="name it with --label")
             probabilities = self.probabilities(np.stack([logits for logits, _ in rows]))
             gold = np.stack([label for _, label in rows])

@@ -119,6 +119,11 @@ class Embed(Task):
         if "score" in columns and "negatives" in columns:
             hint = "leave one of the two columns out of the data"
             raise UserError("pairs with scores have no use for negatives", where="columns", hint=hint)
+        if "score" in columns:
+            scores = [s for record in records if (s := number_in(record, columns["score"])) is not None]
+            if len(scores) > 1 and len(set(scores)) == 1:
+                hint = "give pairs of several scores, or pairs that belong together without any"
+                raise UserError(f"column '{columns['score']}' holds only {scores[0]:g}", hint=hint)
         return cls(columns, options)
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -53,7 +53,7 @@ class Seq2SeqOptions:
     max_target_length: Annotated[int, Ge(1)] = 128
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     num_beams: Annotated[int, Ge(1)] = 4
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Ge(-10), Le(10)] = 1.0
     early_stopping: bool = False
     max_new_tokens: Annotated[int, Ge(1)] = 128
     end_token: str | None = None
@@ -67,7 +67,7 @@ class Seq2SeqRequest(BaseModel):
 
     texts: list[str] = Field(min_length=1)
     num_beams: int | None = Field(default=None, ge=1, le=64, description="1 is greedy search.")
-    length_penalty: float | None = Field(default=None, description="Larger ones favour longer texts.")
+    length_penalty: float | None = Field(default=None, ge=-10, le=10, description="Larger ones favour longer texts.")
     max_new_tokens: int | None = Field(default=None, ge=1, le=4096)
     raw: bool = Field(default=False, description="Return the log-probability of every token too.")
 

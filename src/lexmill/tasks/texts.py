@@ -17,7 +17,8 @@ def text_in(record: Mapping[str, Any], column: str) -> str:
     """The text of a column; a number is written out. A record without one is a `UserError`."""
     value = record.get(column)
     if value is None:
-        raise UserError(f"a record has no '{column}'", hint=f"it has: {', '.join(map(str, record))}")
+        what = f"'{column}' of a record is null" if column in record else f"a record has no '{column}'"
+        raise UserError(what, hint=f"it has: {', '.join(name for name, one in record.items() if one is not None)}")
     return value if isinstance(value, str) else str(value)
 
 

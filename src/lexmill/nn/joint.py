@@ -9,6 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lexmill.nn.matmul import rounded
+
 
 class Joint(ABC):
     """A linear layer whose product may be that of several layers, one above the other."""
@@ -36,7 +38,8 @@ def project(layers: Sequence[nn.Module], x: Float[Tensor, "*rows in"]) -> Sequen
     """What several layers make of the same rows; in one product where they can."""
     first = joined(layers)
     if first is None:
-        return [layer(x) for layer in layers]
+        rows = rounded(x)
+        return [layer(rows) for layer in layers]
     return first.together(layers, x).split([layer.out_features for layer in layers if isinstance(layer, Joint)], -1)
 
 

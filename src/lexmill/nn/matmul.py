@@ -138,6 +138,14 @@ def linear(
     return _OneDnnLinear.apply(x, weight, bias, dtype, packed)  # pyright: ignore[reportReturnType]
 
 
+def rounded(x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
+    """The rows as products under `autocast` round them, for several that read the same: rounded once, not once each."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_autocast_enabled("cpu"):
+        return x
+    dtype = torch.get_autocast_dtype("cpu")
+    return x.to(dtype) if _multiplies(dtype) else x
+
+
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
 """Activations that oneDNN applies to a product on the way, and what it calls them."""
 

@@ -41,7 +41,7 @@ on BANKING77; for `lora-upper` of the Trainer that adapts every layer, as for `l
 
 @dataclass(frozen=True)
 class Case:
-    """What all contestants do. `rows` limits the data, for a first look."""
+    """What all contestants do. `rows` limits the data."""
 
     method: Method
     dropout: float
@@ -251,7 +251,7 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
     )
     return {
         "examples_per_second": rates, "times_dynamic_padding": dynamic, "times_group_by_length": grouped,
-        "times_peers_alike": alike, "peak_memory_by_contestant": memory, **facts,
+        "rows": case.rows, "times_peers_alike": alike, "peak_memory_by_contestant": memory, **facts,
     }  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--data", choices=["banking77", "waimai_10k"], default="banking77")
     parser.add_argument("--model", choices=["minilm", "e5"], default="minilm")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if CUDA else "fp32")
-    parser.add_argument("--rows", type=int, help="only so many rows, for a first look, which is not saved")
+    parser.add_argument("--rows", type=int, help="only so many; fewer than the peer takes in a turn are not saved")
     parser.add_argument("--dropout", type=float, nargs="*", help="0 and 0.1, where not given; 0.1 alone for lora")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -273,7 +273,7 @@ def main() -> None:
     dropouts = given.dropout or [dropout for of, dropout in LEAST if of == given.method]
     cases = [Case(given.method, dropout, given.data, given.model, given.precision, given.rows) for dropout in dropouts]
     figures = {f"dropout {case.dropout}": compare(case, given.rounds) for case in cases}
-    if given.rows is not None:
+    if given.rows is not None and given.rows < BATCH * STEPS:
         return
     parts = ["finetune", given.method, given.data, given.model, given.precision, "gpu" if CUDA else ""]
     save("-".join(part for part in parts if part not in ("", "full", "banking77", "minilm", "fp32")), figures)

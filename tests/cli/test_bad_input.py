@@ -335,7 +335,7 @@ def test_out_below_a_file_is_refused(work: Path, tiny: Path) -> None:
         (["-"], "", ("stdin", "nothing came", "JSON lines")),
         (["-"], '{"sentence": "hi"}\n', ("stdin:1", "no column 'text'", "sentence", "--text")),
         (["-"], '{"text": "hi"}\n{broken\n', ("stdin:2", "not JSON")),
-        (["-"], '{"text": null}\n', ("stdin:1", "no 'text'")),
+        (["-"], '{"text": null}\n', ("stdin:1", "'text' of a record is null")),
         (["a.csv"], "", ("a.csv:2", "no column 'text'", "sentence, label", "--text")),
         (["a.csv", "--text", "txet"], "", ("a.csv:2", "no column 'txet'")),
         (["train.jsonl", "--out", "there"], "", ("there", "already exists", "another --out")),

@@ -205,7 +205,9 @@ def test_units_compete_over_the_model_or_within_their_layer() -> None:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_recovery_brings_a_pruned_model_back_and_it_is_read_as_it_was(name: str, tmp_path: Path) -> None:
-    recovery = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 16, "task_weight": 0.0}
+    # Without neurons a model this small differs little: there is less to bring back, in more steps.
+    epochs = 12 if name == "neurons" else 3
+    recovery = {"epochs": epochs, "learning_rate": 1e-3, "batch_size": 16, "task_weight": 0.0}
     keep = {"neurons": 0.25, "heads": 0.25, "layers": 0.5, "width": 0.5}[name]
     method, options = Step(name, {"keep": keep, "rows": 24, "recovery": recovery}).read("steps[0]")
     teacher = small_classifier()

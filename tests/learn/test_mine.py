@@ -102,7 +102,7 @@ def test_what_cannot_be_mined_is_said_and_nothing_is_written(bert: Path, tmp_pat
     with pytest.raises(UserError, match="no use for negatives"):
         lm.mine(bert, scored, out=out)
     gap = write_rows(tmp_path / "gap.jsonl", [*pairs(6), {"question": "?", "answer": None}])
-    with pytest.raises(UserError, match="no 'answer'") as error:
+    with pytest.raises(UserError, match="'answer' of a record is null") as error:
         lm.mine(bert, gap, out=out)
     assert str(error.value.where).endswith("gap.jsonl:8")
     with pytest.raises(UserError, match="none of 7 rows has a negative"):

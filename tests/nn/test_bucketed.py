@@ -20,14 +20,17 @@ def random(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bucket_cost", COSTS)
 @settings(max_examples=10, deadline=None)
-@given(lens=st.lists(st.integers(1, 9), min_size=1, max_size=12), fewer=st.integers(0, 3))
-def test_values_and_gradients_are_those_of_one_group_a_length(rule, bucket_cost, lens, fewer):
+@given(
+    lens=st.lists(st.integers(1, 9), min_size=1, max_size=12), fewer=st.integers(0, 3), tile=st.sampled_from([1, 2, 64])
+)
+def test_values_and_gradients_are_those_of_one_group_a_length(rule, bucket_cost, lens, fewer, tile):
     """`attend` without gradients takes a kernel a length; its double-precision derivatives come from autograd."""
     torch.manual_seed(0)
     keys, queries = Packed.of(lens), Packed.of([max(1, n - fewer) for n in lens])
     q, k, v = random(queries.num_tokens, 3, 4), random(keys.num_tokens, 3, 4), random(keys.num_tokens, 3, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bucketed, "_BUCKET_COST", bucket_cost)
+        patch.setattr(bucketed, "_TILE", tile)
         plan = Plan.of(queries, keys, 3, rule)
     fast = bucketed_attention(q, k, v, plan)
     slow = _one_by_one(q, k, v, queries, keys, rule)
@@ -61,9 +64,11 @@ def _one_by_one(q, k, v, queries, keys, rule, bias=None):
     return torch.cat(outs)
 
 
+@pytest.mark.parametrize("tile", [2, 64])
 @pytest.mark.parametrize("bucket_cost", COSTS)
-def test_a_bias_by_position_and_its_gradient_are_those_of_the_slow_way(bucket_cost, monkeypatch):
+def test_a_bias_by_position_and_its_gradient_are_those_of_the_slow_way(bucket_cost, tile, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(bucketed, "_TILE", tile)
     monkeypatch.setattr(bucketed, "_BUCKET_COST", bucket_cost)
     layout = Packed.of([4, 1, 7, 4, 2])
     q, k, v, bias = random(18, 3, 4), random(18, 3, 4), random(18, 3, 4), random(3, 9, 9)
@@ -113,3 +118,13 @@ def test_training_takes_it_and_what_it_cannot_do_goes_elsewhere(monkeypatch):
     q = random(long.num_tokens, 2, 4)
     attend(q, q, q, long, long)
     assert len(taken) == 2
+
+
+def test_what_a_causal_query_cannot_see_is_not_computed():
+    layout = Packed.of([256, 256])
+    [bucket] = Plan.of(layout, layout, 2, Rule(causal=True)).buckets
+    assert [(tile.first, tile.last, tile.keys) for tile in bucket.tiles] == [
+        (192, 256, 256), (128, 192, 192), (64, 128, 128), (0, 64, 64)
+    ]  # fmt: skip
+    [whole] = Plan.of(layout, layout, 2, Rule()).buckets
+    assert [(tile.first, tile.last, tile.keys) for tile in whole.tiles] == [(0, 256, 256)]

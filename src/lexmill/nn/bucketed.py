@@ -25,6 +25,8 @@ from lexmill.nn.rule import Rule
 MAX_LENGTH = 256
 """The longest sequence that gains from this; beyond it torch's fused kernel wins."""
 
+_TILE = 64
+"""Queries of a causal bucket that are computed together: what they cannot see is then not computed."""
 _BUCKET_COST = 16_384
 """What one bucket more costs, in attention scores computed; measured on two cores, and flat from a third to thrice."""
 
@@ -51,10 +53,25 @@ class Cells:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Queries of a bucket, from `first` on and before `last`, and how many keys they see at most, the first ones."""
+
+    first: int
+    last: int
+    keys: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.first, self.last)
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Sequences that are computed together.
 
     Args:
+        tiles: the queries in parts, where the first ones see fewer keys than the last; all at once otherwise. The last
+            queries come first.
         bias: 0 where a query sees a key, minus infinity elsewhere; q is 1 where all queries see the same. None where
             all is seen.
     """
@@ -62,6 +79,7 @@ class Bucket:
     sequences: int
     q_len: int
     k_len: int
+    tiles: tuple[Tile, ...]
     bias: Float[Tensor, "seq 1 k q"] | None
 
 
@@ -73,11 +91,6 @@ class Plan:
     buckets: tuple[Bucket, ...]
     queries: Cells
     keys: Cells
-
-    @property
-    def nothing(self) -> list[None]:
-        """None for each bucket."""
-        return [None] * len(self.buckets)
 
     def by_query(self, x: Float[Tensor, "cell dim"]) -> Iterator[Float[Tensor, "seq_head q dim"]]:
         """The queries' cells of each bucket."""
@@ -126,6 +139,7 @@ def _cut(q_lens: np.ndarray, k_lens: np.ndarray, heads: int) -> list[int]:
 
 def _bucket(q_lens: np.ndarray, k_lens: np.ndarray, rule: Rule) -> Bucket:
     q_len, k_len = int(q_lens.max()), int(k_lens.max())
+    tiles = (Tile(0, q_len, k_len),)
     held = torch.from_numpy(np.arange(k_len) < k_lens[:, None])[:, None]
     if rule.sees_all(q_len, k_len):
         seen = held
@@ -134,10 +148,15 @@ def _bucket(q_lens: np.ndarray, k_lens: np.ndarray, rule: Rule) -> Bucket:
         # A query at padding is taken for its sequence's last: with no key in its window it would turn into NaN.
         q_pos = np.minimum(starts[:, None] + np.arange(q_len), k_lens[:, None] - 1)
         seen = held & rule.visible(torch.from_numpy(q_pos), torch.arange(k_len))
+        if rule.causal and q_len >= 2 * _TILE:
+            firsts = range(0, q_len, _TILE)
+            late = int(starts.max())
+            ends = [min(first + _TILE, q_len) for first in firsts]
+            tiles = tuple(Tile(a, b, min(late + b, k_len)) for a, b in zip(firsts, ends, strict=True))[::-1]
     if bool(seen.all()):
-        return Bucket(len(q_lens), q_len, k_len, None)
+        return Bucket(len(q_lens), q_len, k_len, tiles, None)
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-    return Bucket(len(q_lens), q_len, k_len, bias.transpose(1, 2).unsqueeze(1))
+    return Bucket(len(q_lens), q_len, k_len, tiles, bias.transpose(1, 2).unsqueeze(1))
 
 
 def _cells(layout: Packed, parts: list[np.ndarray], heads: int) -> Cells:
@@ -187,15 +206,18 @@ class _Bucketed(torch.autograd.Function):
             kept = _keep_masks(plan, dropout, q)
             weights: list[Tensor] = []
             sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out), strict=True)
-            for bucket, keep, (qs, ks, vs, outs) in zip(plan.buckets, kept or plan.nothing, sides, strict=True):
-                scores = _scaled(ks, qs.transpose(1, 2), dim=qs.shape[-1])
-                by_sequence = scores.view(bucket.sequences, plan.heads, *scores.shape[1:])
-                if bucket.bias is not None:
-                    by_sequence.add_(bucket.bias)
-                if by_position is not None:
-                    by_sequence.add_(by_position[:, : bucket.k_len, : bucket.q_len])
-                weights.append(scores.softmax(1))
-                torch.bmm((weights[-1] if keep is None else weights[-1] * keep).transpose(1, 2), vs, out=outs)
+            masks = iter(kept)
+            for bucket, (qs, ks, vs, outs) in zip(plan.buckets, sides, strict=True):
+                for tile in bucket.tiles:
+                    scores = _scaled(ks[:, : tile.keys], qs[:, tile.queries].transpose(1, 2), dim=qs.shape[-1])
+                    by_sequence = scores.view(bucket.sequences, plan.heads, *scores.shape[1:])
+                    if bucket.bias is not None:
+                        by_sequence.add_(_of(tile, bucket.bias))
+                    if by_position is not None:
+                        by_sequence.add_(_of(tile, by_position))
+                    weights.append(scores.softmax(1))
+                    seen = weights[-1] * next(masks) if kept else weights[-1]
+                    _put(outs, tile.queries, seen.transpose(1, 2), vs[:, : tile.keys])
         ctx.plan = plan
         ctx.like_bias = by_position if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(q, k, v, *weights, *kept)
@@ -208,26 +230,34 @@ class _Bucketed(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         q, k, v, *rest = ctx.saved_tensors
-        weights, kept = rest[: len(plan.buckets)], rest[len(plan.buckets) :]
+        tiles = sum(len(bucket.tiles) for bucket in plan.buckets)
+        weights, masks = iter(rest[:tiles]), iter(rest[tiles:])
+        dropped = len(rest) > tiles
         # With nothing flowing into a query at padding, nothing flows out of it; keys at padding have weight 0.
         dtype, grad = grad.dtype, plan.queries.gather(grad).to(q.dtype).index_fill_(0, plan.queries.padding, 0)
         to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         to_bias = None if ctx.like_bias is None else torch.zeros_like(ctx.like_bias)
         sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(grad), strict=True)
         results = zip(plan.by_query(to_q), plan.by_key(to_k), plan.by_key(to_v), strict=True)
-        for bucket, w, keep, (qs, ks, vs, grads), (to_qs, to_ks, to_vs) in zip(
-            plan.buckets, weights, kept or plan.nothing, sides, results, strict=True
-        ):
-            torch.bmm(w if keep is None else w * keep, grads, out=to_vs)
-            to_w = torch.bmm(vs, grads.transpose(1, 2))
-            if keep is not None:
-                to_w.mul_(keep)
-            to_scores = torch.ops.aten._softmax_backward_data(to_w, w, 1, w.dtype)
-            if to_bias is not None:
-                by_sequence = to_scores.view(bucket.sequences, plan.heads, *to_scores.shape[1:])
-                to_bias[:, : bucket.k_len, : bucket.q_len] += by_sequence.sum(0)
-            _scaled(to_scores.transpose(1, 2), ks, out=to_qs, dim=qs.shape[-1])
-            _scaled(to_scores, qs, out=to_ks, dim=qs.shape[-1])
+        for bucket, (qs, ks, vs, grads), (to_qs, to_ks, to_vs) in zip(plan.buckets, sides, results, strict=True):
+            covered = bucket.tiles[0].keys == bucket.k_len
+            if not covered:  # the last keys are seen by no query
+                to_ks.zero_()
+                to_vs.zero_()
+            for tile in bucket.tiles:
+                w, keep, scale = next(weights), next(masks) if dropped else None, 1 / math.sqrt(qs.shape[-1])
+                asked, flows, keys = qs[:, tile.queries], grads[:, tile.queries], slice(0, tile.keys)
+                whole = covered and tile is bucket.tiles[0]
+                _put(to_vs, keys, w if keep is None else w * keep, flows, onto=not whole)
+                to_w = torch.bmm(vs[:, keys], flows.transpose(1, 2))
+                if keep is not None:
+                    to_w.mul_(keep)
+                to_scores = torch.ops.aten._softmax_backward_data(to_w, w, 1, w.dtype)
+                if to_bias is not None:
+                    by_sequence = to_scores.view(bucket.sequences, plan.heads, *to_scores.shape[1:])
+                    _of(tile, to_bias).add_(by_sequence.sum(0))
+                _put(to_qs, tile.queries, to_scores.transpose(1, 2), ks[:, keys], scale=scale)
+                _put(to_ks, keys, to_scores, asked, scale=scale, onto=not whole)
         heads = plan.heads
         to_q, to_k, to_v = (
             plan.queries.scatter(to_q.to(dtype), heads),
@@ -237,17 +267,42 @@ class _Bucketed(torch.autograd.Function):
         return to_q, to_k, to_v, None if to_bias is None else to_bias.transpose(1, 2), None, None
 
 
-def _scaled(a: Tensor, b: Tensor, *, dim: int, out: Tensor | None = None) -> Tensor:
+def _scaled(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
     """`a @ b / sqrt(dim)` as one call."""
-    base = a.new_empty(1, 1, 1) if out is None else out
-    return torch.baddbmm(base, a, b, beta=0, alpha=1 / math.sqrt(dim), out=out)
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=1 / math.sqrt(dim))
+
+
+def _of(tile: Tile, by_place: Float[Tensor, "*any k q"]) -> Float[Tensor, "*any keys queries"]:
+    """What is of a tile in a table of keys by queries."""
+    return by_place[..., : tile.keys, tile.queries]
+
+
+def _put(
+    out: Float[Tensor, "seq_head row dim"],
+    rows: slice,
+    a: Float[Tensor, "seq_head some inner"],
+    b: Float[Tensor, "seq_head inner dim"],
+    *,
+    scale: float = 1.0,
+    onto: bool = False,
+) -> None:
+    """Write `scale · a @ b` to these rows, or add it. Products into parts of rows would be made one by one."""
+    if not onto and a.shape[1] == out.shape[1]:
+        torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+        return
+    found = torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+    if onto:
+        out[:, rows].add_(found)
+    else:
+        out[:, rows].copy_(found)
 
 
 def _keep_masks(plan: Plan, dropout: float, like: Tensor) -> list[Float[Tensor, "seq_head k q"]]:
-    """The masks of all buckets, drawn in one sweep; none where nothing is dropped."""
+    """The masks of all tiles, drawn in one sweep; none where nothing is dropped."""
     if dropout == 0.0:
         return []
-    shapes = [(bucket.sequences * plan.heads, bucket.k_len, bucket.q_len) for bucket in plan.buckets]
+    tiles = [(bucket.sequences * plan.heads, tile) for bucket in plan.buckets for tile in bucket.tiles]
+    shapes = [(count, tile.keys, tile.last - tile.first) for count, tile in tiles]
     sizes = [math.prod(shape) for shape in shapes]
     drawn = keep_mask((sum(sizes),), dropout, like).split(sizes)
     return [mask.view(shape) for mask, shape in zip(drawn, shapes, strict=True)]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -105,6 +107,12 @@ SETS: dict[str, tuple[Callable[[int, float | None], FitConfig], float | None]] =
 }
 
 
+def alone(config: FitConfig) -> dict[str, float]:
+    """The peer's run in a process of its own: what this one's training took would leave it too little memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(OF_TASK[config.task], config).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sets", nargs="*", default=list(SETS), help=f"out of {', '.join(SETS)}")
@@ -112,7 +120,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=None, help="the model's own where not given")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--peer", action="store_true", help="run the peer too; of the tasks classify and embed")
+    parser.add_argument("--peer", action="store_true", help=f"run the peer too; of {', '.join(OF_TASK)}")
     arguments = parser.parse_args()
     for name in arguments.sets:
         make, least = SETS[name]
@@ -130,7 +138,7 @@ def main() -> None:
             )
             print(json.dumps(runs[-1]), flush=True)
             if arguments.peer:
-                theirs.append(OF_TASK[config.task](config))
+                theirs.append(alone(config))
                 print(f"peer: {json.dumps(theirs[-1])}", flush=True)
         metric = next(name for name in ("accuracy", "spearman", "f1") if name in runs[0])
         value = mean(run[metric] for run in runs)

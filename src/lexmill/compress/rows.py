@@ -82,7 +82,7 @@ def find_rows(artifact: Artifact, files: Files, seed: int, *, unseen: bool = Fal
     data = {part: data_fingerprint(source, len(read[part])) for part, source in sources.items()}
     _refuse_known(data, sources, artifact)
     train, choose, proof, proof_from = _divided(read, sources, np.random.default_rng(seed), unseen)
-    proof, proof_from = _unknown(proof, proof_from, (train, choose, read["train"]))
+    proof, proof_from = _unknown(proof, proof_from, (read["train"], choose))
     if not choose or not proof:
         raise UserError("too few rows: none are left to choose on or to prove on", hint="give more with --validation")
     return Rows(train, choose, proof, read.get("unlabelled", []), proof_from, data)

@@ -44,9 +44,9 @@ def record_inputs(
             if before["machine"].get(name) != value:
                 was = before["machine"].get(name)
                 note(f"goes on, but not bit-identically: {name} was {was or 'none'}, is {value or 'none'}")
-    _write_whole(writer.path(ORIGINS_FILE), json.dumps(dict(origins), indent=2))
-    _write_whole(inputs, json.dumps({"data": data, "machine": machine}, indent=2, ensure_ascii=False))
-    _write_whole(writer.path(CONFIG_FILE), to_toml(config))
+    write_whole(writer.path(ORIGINS_FILE), json.dumps(dict(origins), indent=2))
+    write_whole(inputs, json.dumps({"data": data, "machine": machine}, indent=2, ensure_ascii=False))
+    write_whole(writer.path(CONFIG_FILE), to_toml(config))
 
 
 def _refuse_other_config(file: Path, text: str) -> None:
@@ -71,7 +71,7 @@ def _refuse_other_data(file: Path, before: Mapping[str, Any], now: Mapping[str, 
             )
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Replace a file by one rename, so that a run killed meanwhile can still be resumed."""
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text, "utf-8")

@@ -19,6 +19,7 @@ from lexmill.engine import TorchEngine
 from lexmill.errors import Failure, MissingExtra, Spoken, UserError
 from lexmill.evaluate import evaluate
 from lexmill.fit import DataConfig, FitConfig, Watch, fit
+from lexmill.fit.record import write_whole
 from lexmill.learn.space import Range, Space
 from lexmill.monitor import Event
 from lexmill.tasks import find
@@ -141,7 +142,7 @@ def _same_search(out: Path, asked: Asked, first: FitConfig) -> None:
     now = json.loads(json.dumps({"space": space, "settings": settings, "data": data}, default=str))
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_whole(file, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
         return
     before = json.loads(file.read_text("utf-8"))
     for part in ("space", "settings", "data"):

@@ -18,6 +18,7 @@ from lexmill.compress.rows import Rows
 from lexmill.compress.search.space import Candidate
 from lexmill.engine.files import environment
 from lexmill.errors import UserError
+from lexmill.fit.record import write_whole
 
 Stage = Literal["tried", "dry"]
 ASKED, TRIALS, PROOFS, SHAPES = "asked.json", "trials.jsonl", "proofs.jsonl", "shapes"
@@ -152,9 +153,7 @@ class Ledger:
                 what = f"the search was of another {' and '.join(changed)}"
                 raise UserError(what, where=str(folder), hint="leave out --resume, and give another --out or --search")
         (folder / SHAPES).mkdir(parents=True, exist_ok=True)
-        whole = file.with_name(f"{ASKED}.tmp")
-        whole.write_text(json.dumps(asked, indent=2) + "\n", "utf-8")
-        whole.replace(file)
+        write_whole(file, json.dumps(asked, indent=2) + "\n")
         self._known = {(one.candidate.name, one.stage): one for one in _read(folder / TRIALS)}
 
     @property

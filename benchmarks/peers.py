@@ -34,10 +34,31 @@ def with_lora(model: Any, upper: int | tuple[int, ...] | None, *, rank: int = 8,
     )  # fmt: skip
 
 
+def _predicted(
+    config: FitConfig, model: Any, learnt: list[Any], asked: list[Any], collator: Any, *, at_once: int = 64, **more: Any
+) -> Any:
+    """What a model says of rows after the Hugging Face Trainer has trained it as the recipe has it."""
+    from transformers import Trainer, TrainingArguments
+    from transformers import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    train = config.train
+    steps = -(-len(learnt) // train.batch_size) * train.epochs
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
+            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
+            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=at_once,
+            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True, bf16=train.precision == "bf16",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=learnt, data_collator=collator, **more)
+        trainer.train()
+        return trainer.predict(asked).predictions  # pyright: ignore
+
+
 def classify(config: FitConfig) -> dict[str, float]:
     """Test accuracy of the Hugging Face Trainer with dynamic padding, after the last epoch."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
-    from transformers import TrainingArguments as Arguments
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
     from transformers import logging as hf_logging
 
     hf_logging.set_verbosity_error()
@@ -70,20 +91,8 @@ def classify(config: FitConfig) -> dict[str, float]:
     model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(names), **given)
     if config.adapt.method == "lora":
         model = with_lora(model, config.adapt.layers, rank=config.adapt.rank, alpha=config.adapt.alpha)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = -(-len(learnt) // train.batch_size) * train.epochs
-        arguments = Arguments(
-            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
-            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
-            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=64,
-            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True, bf16=train.precision == "bf16",
-        )  # fmt: skip
-        trainer = Trainer(
-            model, arguments, train_dataset=learnt, data_collator=DataCollatorWithPadding(tokenizer),  # pyright: ignore
-            compute_loss_func=loss,
-        )  # fmt: skip
-        trainer.train()
-        guesses = np.argmax(trainer.predict(asked).predictions, axis=-1)  # pyright: ignore
+    said = _predicted(config, model, learnt, asked, DataCollatorWithPadding(tokenizer), compute_loss_func=loss)
+    guesses = np.argmax(said, axis=-1)
     return {"accuracy": float(np.mean(guesses == [row["labels"] for row in asked]))}
 
 
@@ -115,8 +124,7 @@ def embed(config: FitConfig) -> dict[str, float]:
 def tag(config: FitConfig) -> dict[str, float]:
     """seqeval's entity F1 on the test rows of the Hugging Face Trainer, labels on the first token of a word."""
     from seqeval.metrics import f1_score
-    from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
-    from transformers import TrainingArguments as Arguments
+    from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
     from transformers import logging as hf_logging
 
     hf_logging.set_verbosity_error()
@@ -137,18 +145,7 @@ def tag(config: FitConfig) -> dict[str, float]:
     learnt, asked = ([encoded(row) for row in rows] for rows in read.values())
     torch.manual_seed(train.seed)
     model = AutoModelForTokenClassification.from_pretrained(directory, num_labels=len(names))
-    with tempfile.TemporaryDirectory() as folder:
-        steps = -(-len(learnt) // train.batch_size) * train.epochs
-        arguments = Arguments(
-            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
-            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
-            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=64, bf16=train.precision == "bf16",
-            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
-        )  # fmt: skip
-        collator = DataCollatorForTokenClassification(tokenizer)
-        trainer = Trainer(model, arguments, train_dataset=learnt, data_collator=collator)  # pyright: ignore
-        trainer.train()
-        found = np.argmax(trainer.predict(asked).predictions, axis=-1)  # pyright: ignore
+    found = np.argmax(_predicted(config, model, learnt, asked, DataCollatorForTokenClassification(tokenizer)), axis=-1)
     said: list[list[str]] = []
     gold: list[list[str]] = []
     for guesses, row, example in zip(found, read[config.data.test], asked, strict=True):
@@ -161,8 +158,7 @@ def tag(config: FitConfig) -> dict[str, float]:
 def answer(config: FitConfig) -> dict[str, float]:
     """Exact match and F1 on the test rows of the Hugging Face Trainer, with windows as Lexmill cuts them; the span of
     the largest sum of two logits over a row's windows answers it, of at most as many tokens."""
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer
-    from transformers import TrainingArguments as Arguments
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
     from transformers import logging as hf_logging
 
     hf_logging.set_verbosity_error()
@@ -205,17 +201,8 @@ def answer(config: FitConfig) -> dict[str, float]:
     model = AutoModelForQuestionAnswering.from_pretrained(directory)
     asked = read[config.data.test]
     found, owners = windows(asked)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = -(-len(rows) // train.batch_size) * train.epochs
-        arguments = Arguments(
-            output_dir=folder, per_device_train_batch_size=train.batch_size, num_train_epochs=train.epochs,
-            learning_rate=train.learning_rate, weight_decay=train.weight_decay, seed=train.seed, use_cpu=True,
-            warmup_steps=round(train.warmup * steps), per_device_eval_batch_size=16, bf16=train.precision == "bf16",
-            report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))  # pyright: ignore
-        trainer.train()
-        starts, ends = trainer.predict([{"input_ids": ids} for ids in found["input_ids"]]).predictions  # pyright: ignore
+    given = [{"input_ids": ids} for ids in found["input_ids"]]
+    starts, ends = _predicted(config, model, rows, given, DataCollatorWithPadding(tokenizer), at_once=16)
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(asked)
     for index, owner in enumerate(owners):
         inside = [(i, span) for i, span in enumerate(spans_of(found, index)) if span]

@@ -28,7 +28,7 @@ import numpy as np
 from lexmill.compress import CompressConfig, compress, read_step
 from lexmill.data import open_source
 from lexmill.fit import FitConfig, fit
-from lexmill.metrics import paired_bootstrap
+from lexmill.metrics import paired_mean
 from measure import Worker, interleave, ratio, save, work
 from quality import SETS
 
@@ -206,11 +206,7 @@ def main() -> None:
     }
     figures: dict[str, Any] = {}
     for name, one in started.items():
-        lost = paired_bootstrap(
-            lambda i, name=name: float(right[name][i].mean()),
-            lambda i: float(right["hf pipeline fp32"][i].mean()),
-            len(gold),
-        )
+        lost = paired_mean(right[name].astype(np.float64), right["hf pipeline fp32"].astype(np.float64))
         figures[name] = {
             "accuracy": float(right[name].mean()),
             "lost": lost.value,

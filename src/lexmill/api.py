@@ -233,7 +233,7 @@ def tokenizer(
     vocab_size: int = 8000,
     special: str | None = None,
     lowercase: bool | None = None,
-    text: str | None = None,
+    text: str | Sequence[str] = (),
     encoding: str = "utf-8",
     skip_bad: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -243,8 +243,8 @@ def tokenizer(
     Args:
         out: the directory; must not exist.
         kind, vocab_size, special, lowercase: see `TokenizerConfig`.
-        text: the column; guessed otherwise.
-        progress: told how many rows are read.
+        text: the column, or several; one is guessed otherwise.
+        progress: told how many texts are read.
 
     Raises:
         UserError: for anything wrong with what was given, and where the text is too little for `vocab_size`.
@@ -254,7 +254,10 @@ def tokenizer(
 
     flags = {"kind": kind, "vocab_size": vocab_size, "special": special, "lowercase": lowercase}
     config = load(TokenizerConfig, flags=flags).value
-    return write_tokenizer(data, Path(out), config, text=text, encoding=encoding, skip_bad=skip_bad, progress=progress)
+    columns = (text,) if isinstance(text, str) else text
+    return write_tokenizer(
+        data, Path(out), config, text=columns, encoding=encoding, skip_bad=skip_bad, progress=progress
+    )
 
 
 @dataclass(frozen=True)

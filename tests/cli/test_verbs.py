@@ -46,6 +46,16 @@ def test_show(fitted: Path) -> None:
     assert lexmill("show", fitted, "--json").json["task"]["name"] == "classify"
 
 
+def test_tokenizer(work: Path) -> None:
+    said = lexmill(
+        "tokenizer", "train.jsonl", "--text", "text", "--text", "label", "--vocab-size", "260", "--out", "tok", "--json"
+    )
+    rows = len((work / "train.jsonl").read_text().splitlines())
+    assert (said.json["texts"], said.json["vocab_size"]) == (2 * rows, 260)
+    assert (work / "tok" / "tokenizer.json").exists()
+    assert lexmill("tokenizer", "train.jsonl", "--text", "txet", "--out", "other").code == 2
+
+
 # --- asking -----------------------------------------------------------------------------------------------------
 def test_evaluate(work: Path, fitted: Path) -> None:
     said = lexmill("evaluate", fitted, "train.jsonl", "--report", "report.html")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from tests.train.parts import rows, write_rows
 
+from lexmill import api
 from lexmill.data.tokenizer import load_tokenizer
 from lexmill.data.tokenizer_training import STYLES, TokenizerConfig, train_tokenizer, write_tokenizer
 from lexmill.errors import UserError
@@ -94,6 +96,20 @@ def test_too_few_unigrams_for_all_characters_ask_for_more() -> None:
 def test_fewer_tokens_are_taken_where_that_is_allowed() -> None:
     tokenizer = train_tokenizer(TEXTS[:20], TokenizerConfig("wordpiece", 5000), fewer=True)
     assert 30 < tokenizer.get_vocab_size() < 5000
+
+
+def test_several_columns_are_read_and_lists_of_texts(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"source": text, "target": [text.upper(), text[::-1]], "other": "#"} for text in TEXTS[:50]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    both = ("source", "target")
+    found = api.tokenizer(data, out=tmp_path / "both", kind="bpe", vocab_size=300, text=both)
+    assert found.texts == 150
+    alone = api.tokenizer(data, out=tmp_path / "one", kind="bpe", vocab_size=300, text="source")
+    assert alone.texts == 50
+    with pytest.raises(UserError, match="targte"):
+        api.tokenizer(data, out=tmp_path / "none", text=("source", "targte"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_existing_directory_is_refused_and_a_failed_run_leaves_none(tmp_path) -> None:

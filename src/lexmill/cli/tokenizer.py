@@ -21,7 +21,9 @@ def tokenizer(
     lowercase: Annotated[
         bool | None, typer.Option("--lowercase/--cased", help="Drop upper case and accents; wordpiece does otherwise.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="The text column; guessed otherwise.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="The text column; may be given again for more; guessed otherwise.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over broken rows and count them.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -35,7 +37,7 @@ def tokenizer(
         raise UserError("where should the tokenizer go?", where="command line", hint="give --out DIR")
     with output.counter("reading", quiet=quiet or json) as progress:
         found = api.tokenizer(
-            data, out=out, kind=kind, vocab_size=vocab_size, special=special, lowercase=lowercase, text=text,
+            data, out=out, kind=kind, vocab_size=vocab_size, special=special, lowercase=lowercase, text=text or (),
             encoding=encoding, skip_bad=skip_bad, progress=progress,
         )  # fmt: skip
     output.show(found.to_dict() if json else found.lines(), json=json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -165,19 +165,27 @@ def write_tokenizer(
     out: Path,
     config: TokenizerConfig,
     *,
-    text: str | None = None,
+    text: Sequence[str] = (),
     encoding: str = "utf-8",
     skip_bad: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> TrainedTokenizer:
-    """Train a tokenizer on a file of rows and write it into the new directory `out`; see `train_tokenizer`."""
+    """Train a tokenizer on a file of rows and write it into the new directory `out`; see `train_tokenizer`.
+
+    Args:
+        text: the columns to read; one is guessed where none is named. A value may be a list of texts.
+        progress: is told how many texts were read so far.
+    """
     if out.exists():
         raise UserError("exists already", where=str(out), hint="name another directory, or remove it")
     started = time.perf_counter()
     source = open_source(data, encoding=encoding, skip_bad=skip_bad, max_line_bytes=_LONGEST_ROW)
-    column = find_columns(source, {"text": text}, (Role("text", TEXTS, shape="text"),))["text"]
+    role = Role("text", TEXTS, shape="text")
+    columns = [find_columns(source, {"text": name}, (role,))["text"] for name in text or (None,)]
     seen = _Seen()
-    tokenizer = train_tokenizer(seen.count((row.values.get(column) for row in source), progress), config)
+    values = (row.values.get(column) for row in source for column in columns)
+    texts = (one for value in values for one in (value if isinstance(value, list) else (value,)))
+    tokenizer = train_tokenizer(seen.count(texts, progress), config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
         whole = Path(folder) / "tokenizer"

@@ -10,6 +10,8 @@ from jaxtyping import Int, UInt64
 from lexmill.data.draws import mix
 
 _ROUNDS = 8
+_AHEAD = 64
+"""Batches that are found together at least: permuting a few positions costs as much as permuting thousands."""
 
 
 def _keys(*parts: int | str) -> UInt64[np.ndarray, "round"]:
@@ -47,7 +49,7 @@ class Order:
 
     With `lengths`, an epoch's permutation is taken in windows of `window * batch_size` examples; each is sorted by
     length and cut into batches, which come in random order, so that the texts of a batch are nearly equal in length.
-    Finding a batch costs one window, whatever the number of examples.
+    Finding a batch costs a few windows at most, whatever the number of examples.
 
     Args:
         num_examples: how many there are, at least 1.
@@ -75,6 +77,7 @@ class Order:
         self.steps_per_epoch = -(-num_examples // batch_size)
         self._lengths = lengths
         self._window = 1 if lengths is None else window
+        self._span = -(-_AHEAD // self._window) * self._window
         self._last: tuple[tuple[int, int], list[np.ndarray]] = ((-1, -1), [])
 
     def batch(self, step: int) -> Int[np.ndarray, "example"]:
@@ -82,18 +85,26 @@ class Order:
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, index = divmod(step, self.steps_per_epoch)
-        window, place = divmod(index, self._window)
-        if self._last[0] != (epoch, window):
-            self._last = ((epoch, window), self._cut(epoch, window))
+        span, place = divmod(index, self._span)
+        if self._last[0] != (epoch, span):
+            self._last = ((epoch, span), self._cut(epoch, span))
         return self._last[1][place].copy()
 
-    def _cut(self, epoch: int, window: int) -> list[np.ndarray]:
-        size = self._window * self.batch_size
-        positions = np.arange(window * size, min((window + 1) * size, self.num_examples))
+    def _cut(self, epoch: int, span: int) -> list[np.ndarray]:
+        """The batches of some windows that follow each other."""
+        size, window_size = self._span * self.batch_size, self._window * self.batch_size
+        positions = np.arange(span * size, min((span + 1) * size, self.num_examples))
         examples = permute(positions, self.num_examples, self.seed, epoch, "examples")
+        first = span * (self._span // self._window)
+        windows = (examples[at : at + window_size] for at in range(0, len(examples), window_size))
+        return [batch for at, of in enumerate(windows) for batch in self._batches(epoch, first + at, of)]
+
+    def _batches(self, epoch: int, window: int, examples: Int[np.ndarray, "example"]) -> list[np.ndarray]:
         if self._lengths is not None:
             examples = examples[np.argsort(self._lengths[examples], kind="stable")]
         batches = [examples[at : at + self.batch_size] for at in range(0, len(examples), self.batch_size)]
+        if len(batches) == 1:
+            return batches
         turns = permute(np.arange(len(batches)), len(batches), self.seed, epoch, "batches", window)
         return [batches[turn] for turn in turns]
 

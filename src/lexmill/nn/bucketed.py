@@ -140,23 +140,23 @@ def _cut(q_lens: np.ndarray, k_lens: np.ndarray, heads: int) -> list[int]:
 def _bucket(q_lens: np.ndarray, k_lens: np.ndarray, rule: Rule) -> Bucket:
     q_len, k_len = int(q_lens.max()), int(k_lens.max())
     tiles = (Tile(0, q_len, k_len),)
-    held = torch.from_numpy(np.arange(k_len) < k_lens[:, None])[:, None]
+    held = np.arange(k_len) < k_lens[:, None]
     if rule.sees_all(q_len, k_len):
-        seen = held
+        seen = held[:, None]
     else:
         starts = k_lens - q_lens if rule.align == "end" else np.zeros_like(k_lens)
         # A query at padding is taken for its sequence's last: with no key in its window it would turn into NaN.
         q_pos = np.minimum(starts[:, None] + np.arange(q_len), k_lens[:, None] - 1)
-        seen = held & rule.visible(torch.from_numpy(q_pos), torch.arange(k_len))
+        seen = held[:, None] & rule.visible(torch.from_numpy(q_pos), torch.arange(k_len)).numpy()
         if rule.causal and q_len >= 2 * _TILE:
             firsts = range(0, q_len, _TILE)
             late = int(starts.max())
             ends = [min(first + _TILE, q_len) for first in firsts]
             tiles = tuple(Tile(a, b, min(late + b, k_len)) for a, b in zip(firsts, ends, strict=True))[::-1]
-    if bool(seen.all()):
+    if seen.all():
         return Bucket(len(q_lens), q_len, k_len, tiles, None)
-    bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-    return Bucket(len(q_lens), q_len, k_len, tiles, bias.transpose(1, 2).unsqueeze(1))
+    bias = np.where(seen, np.float32(0), np.float32(-np.inf))
+    return Bucket(len(q_lens), q_len, k_len, tiles, torch.from_numpy(bias).transpose(1, 2).unsqueeze(1))
 
 
 def _cells(layout: Packed, parts: list[np.ndarray], heads: int) -> Cells:

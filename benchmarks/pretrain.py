@@ -1,8 +1,8 @@
 """Training a 10 M-parameter GPT-2 from nothing on 3 M tokens of novels and PEPs, against the Hugging Face Trainer.
 
 Both have a process of their own, the same new weights, blocks, batches, AdamW, schedule and dropout; a turn is a number
-of optimiser steps. After the turns, `--quality` trains each over all blocks, for bits per byte on held-out text and
-BLiMP. The tokenizer is trained here, on the training text.
+of optimiser steps. `--quality` trains each over all blocks instead, for bits per byte on held-out text and BLiMP. The
+tokenizer is trained here, on the training text.
 """
 
 from __future__ import annotations
@@ -224,14 +224,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps a turn")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--quality", action="store_true", help="train each over all blocks too (an hour or more)")
+    parser.add_argument("--quality", action="store_true", help="train each over all blocks in place of turns (an hour)")
     parser.add_argument("--quality-steps", type=int, default=1 << 30, help="at most so many")
     parser.add_argument("--pairs", type=int, default=6700, help="of BLiMP's 67,000")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        name, dropout, steps = arguments.worker.split(":")
-        work({"lexmill": lexmill, "hf trainer": hf_trainer}[name](float(dropout), int(steps)))
+        contestant, dropout, steps = arguments.worker.split(":")
+        work({"lexmill": lexmill, "hf trainer": hf_trainer}[contestant](float(dropout), int(steps)))
+        return
+    name = "pretrain-gpu" if CUDA else "pretrain"
+    if arguments.quality:
+        found = quality(arguments.dropout, arguments.quality_steps, arguments.pairs)
+        save(f"{name}-quality", {"dropout": arguments.dropout, **found})
         return
     setting(arguments.dropout, arguments.steps)  # so that tokenizer and blocks are made once, before the workers
     names = ("lexmill", "hf trainer")
@@ -250,10 +255,8 @@ def main() -> None:
         "times_trainer": times,
         **facts,
     }
-    if arguments.quality:
-        figures["quality"] = quality(arguments.dropout, arguments.quality_steps, arguments.pairs)
     assert math.isfinite(times)
-    save("pretrain-gpu" if CUDA else "pretrain", figures)
+    save(name, figures)
 
 
 if __name__ == "__main__":

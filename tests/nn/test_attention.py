@@ -146,3 +146,15 @@ def test_the_module_hands_out_what_it_computed_on_request():
     again = attend(seen["query"], seen["key"], seen["value"], layout, layout)
     torch.testing.assert_close(attention.output(again.flatten(1)), out)
     assert [seen[name].shape for name in ("query", "key", "value")] == [(5, 2, 6), (5, 1, 6), (5, 1, 6)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_sequences_in_bfloat16_are_computed_in_float32_and_rounded(autocast: bool) -> None:
+    torch.manual_seed(0)
+    layout = Packed.of(torch.tensor([5, 17, 17, 60]))
+    q, k, v = (torch.randn(layout.num_tokens, 4, 8).bfloat16() for _ in range(3))
+    with torch.no_grad():
+        wide = attend(q.float(), k.float(), v.float(), layout, layout)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = attend(q, k, v, layout, layout)
+    assert torch.equal(found, wide.bfloat16())

@@ -23,8 +23,9 @@ from torch import Tensor
 from lexmill.data.batch import Batch, Kept
 from lexmill.data.packing import micro_batches
 from lexmill.models import Model
+from lexmill.nn.linear import pack
 from lexmill.tasks.inputs import packed
-from lexmill.train.step import ARITHMETIC, Precision
+from lexmill.train.step import ARITHMETIC, MOST_PACKED, Precision
 
 TOKENS_AT_ONCE = 2048
 """As many as are best in inference; see `docs/log.md`."""
@@ -113,6 +114,9 @@ def keep_activations(
         rows = np.asarray(np.memmap(file, _STORED[stored], "r+", shape=shape))
         starts, training = _starts(data), model.training
         model.eval()
+        below, dtype = model.trunk.layers[:layers], ARITHMETIC[precision]
+        if sum(weight.numel() for weight in below.parameters()) * dtype.itemsize <= MOST_PACKED:
+            pack(below, TOKENS_AT_ONCE, dtype=dtype)
         for indices in micro_batches(np.arange(len(data)), data.lengths, TOKENS_AT_ONCE):
             batch = data.batch(indices)
             for name, places in _places(batch, starts[indices]).items():

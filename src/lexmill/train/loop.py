@@ -31,10 +31,7 @@ from lexmill.train.optimizer import Optimizer
 from lexmill.train.passes import Losses, Passes, RDrop, once, plain
 from lexmill.train.scaling import LossScale
 from lexmill.train.schedule import learning_rate
-from lexmill.train.step import ARITHMETIC, Manner, StepResult, step_seed, train_step
-
-MOST_PACKED = 256 << 20
-"""Bytes: more than this, copies of frozen weights for faster products are not worth their memory."""
+from lexmill.train.step import ARITHMETIC, MOST_PACKED, Manner, StepResult, step_seed, train_step
 
 
 @dataclass

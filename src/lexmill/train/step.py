@@ -20,6 +20,8 @@ from lexmill.train.passes import Losses, Outputs, Passes, once, plain
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ARITHMETIC = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_PACKED = 256 << 20
+"""Bytes: more than this, copies of frozen weights for faster products are not worth their memory."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lexmill.nn import matmul
+from lexmill.nn.linear import Linear, pack
 
 needs_onednn = pytest.mark.skipif(not matmul._onednn_is_faster(), reason="this CPU's products are MKL's")
 
@@ -114,3 +115,16 @@ def test_a_packed_weight_that_is_not_trained_hands_gradients_on(dtype):
         found.append([y.detach().float(), x.grad, bias.grad])
     for plain, of_packed in zip(*found, strict=True):
         torch.testing.assert_close(of_packed, plain, rtol=1e-2, atol=1e-4 * float(plain.abs().max()))
+
+
+@needs_onednn
+def test_only_what_would_be_copied_counts_against_the_bound():
+    """A multilingual model's table of tokens is larger than all of its matrices, and is not packed."""
+    model = nn.Sequential(nn.Embedding(10_000, 8), Linear(8, 16), Linear(16, 8))
+    model.requires_grad_(False)
+    model[2].weight.requires_grad_()
+    copies = 8 * 16 * 4 * 2
+    assert pack(model, 64, training=True, most=copies - 1) == 0
+    assert not matmul._copies(model[1].weight)
+    assert pack(model, 64, training=True, most=copies) == 1
+    assert matmul._copies(model[1].weight)

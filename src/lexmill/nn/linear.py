@@ -90,18 +90,29 @@ class Linear(nn.Linear):
         return dense
 
 
-def pack(model: nn.Module, rows: int, *, dtype: torch.dtype = torch.float32, training: bool = False) -> int:
+def pack(
+    model: nn.Module,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+    most: int | None = None,
+) -> int:
     """Lay the matrices of linear layers out for products of about so many rows, where that gains; see `matmul.pack`.
 
     Args:
         dtype: the precision of the products.
         training: only those that are not trained, for both directions.
+        most: bytes that the copies may take: none is made where all would take more.
 
     Returns:
         How many were.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and layer.quantised is None]
     chosen = [layer.weight for layer in layers if not (training and layer.weight.requires_grad)]
+    copies = sum(weight.numel() for weight in chosen) * dtype.itemsize * (2 if training else 1)
+    if most is not None and copies > most:
+        return 0
     return sum(matmul.pack(weight, rows, dtype=dtype, training=training) for weight in chosen)
 
 

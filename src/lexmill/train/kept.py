@@ -114,9 +114,7 @@ def keep_activations(
         rows = np.asarray(np.memmap(file, _STORED[stored], "r+", shape=shape))
         starts, training = _starts(data), model.training
         model.eval()
-        below, dtype = model.trunk.layers[:layers], ARITHMETIC[precision]
-        if sum(weight.numel() for weight in below.parameters()) * dtype.itemsize <= MOST_PACKED:
-            pack(below, TOKENS_AT_ONCE, dtype=dtype)
+        pack(model.trunk.layers[:layers], TOKENS_AT_ONCE, dtype=ARITHMETIC[precision], most=MOST_PACKED)
         for indices in micro_batches(np.arange(len(data)), data.lengths, TOKENS_AT_ONCE):
             batch = data.batch(indices)
             for name, places in _places(batch, starts[indices]).items():

@@ -161,11 +161,9 @@ class Trainer:
 
     def _pack_frozen(self) -> None:
         """Lay out the weights that stay as they are for products, where that takes little memory."""
+        tokens = min(float(self.data.lengths.mean()) * self.config.batch_size, self.config.token_budget)
         dtype = ARITHMETIC[self.config.precision]
-        frozen = sum(weight.numel() for weight in self.model.parameters() if not weight.requires_grad)
-        if 2 * frozen * dtype.itemsize <= MOST_PACKED:
-            tokens = float(self.data.lengths.mean()) * self.config.batch_size
-            pack(self.model, round(min(tokens, self.config.token_budget)), dtype=dtype, training=True)
+        pack(self.model, round(tokens), dtype=dtype, training=True, most=MOST_PACKED)
 
     def _save(self) -> None:
         if self.store is None:

@@ -525,6 +525,33 @@ def import_gguf(file: Path | str, *, out: Path | str, progress: Callable[[int], 
     return import_gguf(file, out, progress=progress)
 
 
+def import_pretrained(
+    source: Path | str,
+    *,
+    out: Path | str,
+    base: Path | str | None = None,
+    labels: Sequence[str] = (),
+    pairs: bool = False,
+) -> Artifact:
+    """Write an artefact of a model that another program trained, as it stands.
+
+    Args:
+        source: a Hugging Face directory whose head classifies or scores texts, goes on with them, or that has none and
+            embeds; or an adapter that `peft` wrote for such a model.
+        out: the artefact to write; must not exist.
+        base: what the adapter was trained on, a directory or `minilm`; by default where the adapter says it is.
+        labels: names of the classes in the order of the head's outputs; by default those of `config.json`.
+        pairs: the classes are those of two texts together, which the files do not say.
+
+    Raises:
+        UserError: it is neither; or its parts are missing, broken, do not fit each other, or cannot be represented.
+    """
+    from lexmill.fit.imports import import_pretrained
+
+    named = None if base is None else str(base)
+    return import_pretrained(Path(source), out, base=named, labels=labels, pairs=pairs)
+
+
 def load(path: Path | str, *, others: Sequence[Path | str] = (), engine: str | None = None) -> OpenArtifact:
     """Open an artefact, its hashes checked, and load its model; with `others` an ensemble, whose answers are one.
 

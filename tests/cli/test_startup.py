@@ -44,7 +44,8 @@ def test_help_lists_every_verb(verb: str) -> None:
 def test_the_public_surface() -> None:
     assert lexmill.__all__ == [
         "Failure", "MissingExtra", "OpenArtifact", "UserError", "augment", "check", "combine", "compare", "compress",
-        "evaluate", "export", "fit", "import_gguf", "label", "load", "mine", "search", "serve", "tokenizer", "verify",
+        "evaluate", "export", "fit", "import_gguf", "import_pretrained", "label", "load", "mine", "search", "serve",
+        "tokenizer", "verify",
     ]  # fmt: skip
     assert set(lexmill.__all__) <= set(dir(lexmill))
     for name in lexmill.__all__:

@@ -69,11 +69,7 @@ class Adapted:
 
         What cannot be added to a matrix (bottlenecks, a prefix, a prompt) stays beside them.
         """
-        for parent, name, layer in list(linears(self.model)):
-            if isinstance(layer, LoraLinear | SvdLinear):
-                setattr(parent, name, layer.merged())
-            else:
-                layer.whole()
+        merge(self.model)
         self.model.requires_grad_(True)
 
 
@@ -84,6 +80,18 @@ class _Surgery:
     model: Model
     layers: dict[int, nn.Module]
     config: AdaptConfig = field(default_factory=AdaptConfig)
+
+
+def merge(model: Model) -> int:
+    """Make a model's matrices whole, the active low-rank ones added to them; gives how many of these there were."""
+    count = 0
+    for parent, name, layer in list(linears(model)):
+        if isinstance(layer, LoraLinear | SvdLinear):
+            setattr(parent, name, layer.merged())
+            count += 1
+        else:
+            layer.whole()
+    return count
 
 
 def adapt(model: Model, config: AdaptConfig) -> Adapted:

@@ -19,6 +19,7 @@ from lexmill.models import Model, families, head_tensors, module_names, trunk_pr
 from lexmill.nn.lora import LoraLinear, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base_model_name_or_path"
 ROOT = "base_model.model."
 PROMPTS_ROOT = "base_model."
 """What the names of head tensors begin with, where `peft` puts nothing around the model's layers."""
@@ -55,7 +56,7 @@ def save_adapter(model: Model, directory: Path, base: str, name: str = ADAPTER) 
     config = {
         "peft_type": "LORA",
         "task_type": TASKS.get(kind or ""),
-        "base_model_name_or_path": base,
+        BASE: base,
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": adapters[0].dropout.p,
@@ -135,14 +136,40 @@ def load_heads(model: Model, directory: Path) -> None:
     Raises:
         UserError: there are none, or they do not fit.
     """
-    config, tensors = _read(directory)
-    root = PROMPTS_ROOT if config["peft_type"] in PROMPTS else ROOT
+    beside = _heads(directory)
     for name, own in head_tensors(model)[1].items():
-        stored = tensors.get(root + name)
+        stored = beside.get(name)
         if stored is None or stored.shape != own.shape:
             raise UserError(f"the tensor '{name}' is missing, or does not fit", where=str(directory / WEIGHTS))
         with torch.no_grad():
             own.copy_(stored)
+
+
+def take_heads(model: Model, directory: Path) -> None:
+    """Let the head weights that stand beside an adapter be those that a head of the model is made from."""
+    family = families.find(model.family).prefix
+    for name, tensor in _heads(directory).items():
+        inside = name.removeprefix(family)
+        model.extras[name if inside == name else model.origin.prefix + inside] = tensor
+
+
+def refuse_unplaced(model: Model, directory: Path) -> None:
+    """Raise a `UserError` where weights that stand beside an adapter are those of no head that the model has."""
+    for name in _heads(directory).keys() - head_tensors(model)[1].keys():
+        hint = "only heads of the family's own form can stand beside an adapter"
+        raise UserError(f"the tensor '{name}' has no place in the model", where=str(directory / WEIGHTS), hint=hint)
+
+
+def _heads(directory: Path) -> dict[str, Tensor]:
+    """What stands beside an adapter that belongs to no layer, as the family's files name it."""
+    config, tensors = _read(directory)
+    root = PROMPTS_ROOT if config["peft_type"] in PROMPTS else ROOT
+    added = (".lora_A.weight", ".lora_B.weight")
+    return {
+        name.removeprefix(root): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(added) and name != "prompt_embeddings"
+    }
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lexmill.adapt.adalora import RankAllocator
 from lexmill.adapt.methods import Adapted, own_attentions
-from lexmill.adapt.peft import CONFIG, PROMPTS_ROOT, ROOT, TASKS, WEIGHTS
+from lexmill.adapt.peft import BASE, CONFIG, PROMPTS_ROOT, ROOT, TASKS, WEIGHTS
 from lexmill.adapt.peft import save_adapter as save_lora
 from lexmill.adapt.peft_load import GUARD
 from lexmill.errors import UserError
@@ -48,7 +48,7 @@ def _write(
     kind, heads = head_tensors(model)
     shared = {
         "task_type": TASKS.get(kind or ""),
-        "base_model_name_or_path": base,
+        BASE: base,
         "modules_to_save": sorted({theirs.rpartition(".")[0] for theirs in heads}) or None,
         "inference_mode": True,
     }

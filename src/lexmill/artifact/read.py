@@ -137,7 +137,7 @@ def _no_artifact(path: Path) -> UserError:
         return UserError(
             "a plain Hugging Face directory, not an artefact",
             where=str(path),
-            hint=f"make one of it with: lexmill fit DATA --model {path}",
+            hint=f"make one of it with: lexmill import {path} --out DIR, or lexmill fit DATA --model {path}",
         )
     what = f"not an artefact: it has no {FILE_NAME}"
     return UserError(what, where=str(path), hint="give the directory of an artefact")

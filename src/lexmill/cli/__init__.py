@@ -36,7 +36,7 @@ VERBS = {
     "serve": ("run", "Serve artefacts over HTTP."),
     "show": ("inspect", "Print what an artefact is, was made from and can do."),
     "verify": ("inspect", "Check that what was trained is what is served."),
-    "import": ("imports", "Make a Hugging Face directory of a GGUF file, which fit then takes as its model."),
+    "import": ("imports", "Take over a model that another program trained."),
 }
 """Every verb: the module it stands in, and its line in `lexmill --help`, which begins its docstring."""
 

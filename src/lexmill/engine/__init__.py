@@ -10,6 +10,7 @@ from lexmill.engine.ensemble import Ensemble
 from lexmill.engine.loaded import Loaded, load
 from lexmill.engine.onnx_engine import OnnxEngine
 from lexmill.engine.openvino_engine import OpenVinoEngine
+from lexmill.engine.pretrained import load_pretrained
 from lexmill.engine.runtime import Runtime
 from lexmill.engine.runtimes import RUNTIMES, available_runtimes, find_runtime, open_engine, runtime_of
 from lexmill.engine.torch_engine import TorchEngine
@@ -34,6 +35,7 @@ __all__ = [
     "batch_dependence",
     "find_runtime",
     "load",
+    "load_pretrained",
     "open_engine",
     "runtime_of",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from lexmill import models
 from lexmill.adapt import ADAPTER, load_adapter
-from lexmill.adapt.peft import CONFIG, WEIGHTS, load_heads, refuse_rounded
+from lexmill.adapt.peft import BASE, CONFIG, WEIGHTS, load_heads, refuse_rounded
 from lexmill.artifact import Artifact
 from lexmill.data.tokenizer import load_tokenizer
 from lexmill.engine import Loaded, probes
@@ -22,7 +22,6 @@ from lexmill.export.huggingface import write_tokenizer
 from lexmill.nn.addition import describe_additions
 from lexmill.tasks import Record
 
-_BASE = "base_model_name_or_path"
 _FRONT = ("prefix", "prompt")
 """The additions that an adapter brings along."""
 
@@ -55,8 +54,8 @@ class Peft(Format):
         refuse_rounded(Artifact.open(subject.path, check=False).manifest, str(subject.path))
         _refuse_changed(subject)
         config = json.loads((source / CONFIG).read_text("utf-8"))
-        base = Path(config[_BASE] if options.base is None else options.base)
-        config[_BASE] = str(base.resolve())
+        base = Path(config[BASE] if options.base is None else options.base)
+        config[BASE] = str(base.resolve())
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
         write_tokenizer(subject, folder)
@@ -64,7 +63,7 @@ class Peft(Format):
 
     def evidence(self, subject: Loaded, file: Path, records: Sequence[Record]) -> list[Evidence]:
         folder = file.parent
-        base = Path(json.loads((folder / CONFIG).read_text("utf-8"))[_BASE])
+        base = Path(json.loads((folder / CONFIG).read_text("utf-8"))[BASE])
         if not base.is_dir():
             hint = "name its directory: --set base=DIR"
             raise UserError(f"the model of the adapter is not at '{base}'", where=str(folder / CONFIG), hint=hint)

@@ -256,14 +256,21 @@ class Model(nn.Module):
     def add_stored_classifier(
         self, name: str, use: Literal["classifier", "token_classifier"] = "classifier"
     ) -> ClassifierHead:
-        """Attach the head that classifies texts, or tokens, of the source files. A `UserError` where they hold none."""
-        output = self.spare(use).get("output.weight")
+        """Attach the head that classifies texts, or tokens, of the source files. A `UserError` where they hold none, or
+        only some of it."""
+        stored = self.spare(use)
+        output = stored.get("output.weight")
         if output is None:
             raise UserError("the model's files hold no classification head", hint="train one, or name another model")
         family = families.find(self.family)
         form = family.classifier_shape if use == "classifier" else family.token_shape
         shape = replace(form(self.config, self.origin.config), num_labels=len(output), dropout=self.config.dropout)
         head = ClassifierHead(self.config.hidden_size, shape)
+        for ours, parameter in head.named_parameters():
+            if ours not in stored or stored[ours].shape != parameter.shape:
+                theirs = families.find(self.family).heads[use][ours].format(prefix=self.origin.prefix)
+                hint = "it was left out, or belongs to another model: what it would do cannot be known"
+                raise UserError(f"the tensor '{theirs}' of the head is missing, or does not fit", hint=hint)
         self._start(head, use)
         self.add_head(name, head)
         return head

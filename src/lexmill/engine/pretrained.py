@@ -1,0 +1,98 @@
+"""A plain Hugging Face directory, or an adapter that `peft` wrote for one, as what its head does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lexmill import models
+from lexmill.adapt import load_adapter, refuse_unplaced, take_heads
+from lexmill.config import load as read_config
+from lexmill.data.tokenizer import check_vocabulary, load_tokenizer
+from lexmill.engine.loaded import Loaded
+from lexmill.errors import UserError
+from lexmill.models import Model
+from lexmill.tasks import Task, find
+from lexmill.tasks.classify import Classify, ClassifyOptions, Head
+from lexmill.tasks.rank import Rank, RankOptions
+
+LONGEST = 512
+"""Tokens that texts are cut to for a head of a plain directory, which does not say how many it learnt from."""
+
+
+def load_pretrained(
+    directory: Path, *, adapter: Path | None = None, labels: Sequence[str] = (), pairs: bool = False
+) -> Loaded:
+    """A plain Hugging Face directory, taken for what its head does: it classifies, ranks where the head has one output,
+    goes on with texts where it is causal, and embeds where it has no head.
+
+    Args:
+        adapter: a directory that `peft` wrote; its matrices are added beside those of the model, and its heads take the
+            place of the model's.
+        labels: names of the classes in the order of the head's outputs; by default those of `config.json`, or
+            `LABEL_0` and so on.
+        pairs: the classes are those of two texts together, which the files do not say.
+
+    Raises:
+        UserError: files are missing or broken or do not fit each other, or do not say enough to answer anybody.
+    """
+    model, tokenizer = models.load(directory), load_tokenizer(directory)
+    check_vocabulary(tokenizer, model.config.vocab_size, where=str(directory))
+    if adapter is not None:
+        load_adapter(model, adapter)
+        take_heads(model, adapter)
+    headed = "output.weight" in model.spare("classifier")
+    if (labels or pairs) and not headed:
+        what = "there is no classification head" + (" to name the labels of" if labels else " for pairs")
+        raise UserError(what, where=str(adapter or directory))
+    task = _headed(model, directory, labels, pairs=pairs) if headed else _headless(model, directory)
+    if adapter is not None:
+        refuse_unplaced(model, adapter)
+    return Loaded(task, model.eval(), tokenizer, directory.resolve().name, path=directory)
+
+
+def _headed(model: Model, directory: Path, labels: Sequence[str], *, pairs: bool) -> Task:
+    """The task of the classification head that the files hold, which the model gets."""
+    config = model.origin.config
+    if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or ()):
+        hint = "make an artefact of it with: lexmill fit DATA --task tag --model DIR"
+        raise UserError("the directory does not say how its tokens make words", where=str(directory), hint=hint)
+    longest = min(model.trunk.max_tokens, LONGEST)
+    if len(model.spare("classifier")["output.weight"]) == 1:
+        if labels:
+            raise UserError("a head of one output gives a score, and no label", where="--labels")
+        model.add_stored_classifier("score")
+        columns = {"text": "text", "text_pair": "text_pair", "label": "label"}
+        return Rank(columns, 0.0, 1.0, graded=True, options=RankOptions(max_length=longest))
+    outputs = model.add_stored_classifier("label").shape.num_labels
+    named = _named(config.get("id2label") or {}, outputs, labels)
+    several = config.get("problem_type") == "multi_label_classification"
+    head = Head("label", "label", named, (1.0,) * outputs)
+    options = ClassifyOptions(max_length=longest, multi_label=several)
+    texts = ("text", "text_pair") if pairs else ("text",)
+    return Classify({name: name for name in (*texts, "label")}, [head], options)
+
+
+def _named(stored: Mapping[str, Any], outputs: int, given: Sequence[str]) -> tuple[str, ...]:
+    """What the classes are called."""
+    if given:
+        if len(given) != outputs:
+            raise UserError(f"{len(given)} labels for a head of {outputs} outputs", where="--labels")
+        if len(set(given)) < len(given):
+            raise UserError("two classes have one name", where="--labels")
+        return tuple(given)
+    known = stored if len(stored) == outputs else {}
+    return tuple(str(known.get(str(index), f"LABEL_{index}")) for index in range(outputs))
+
+
+def _headless(model: Model, directory: Path) -> Task:
+    """A task that needs nothing beyond what pretraining leaves."""
+    if model.trunk.sides > 1:
+        hint = "make an artefact of it with: lexmill fit DATA --task seq2seq --model DIR"
+        raise UserError("the directory does not say what its decoder is to write", where=str(directory), hint=hint)
+    task = find("generate" if model.config.causal else "embed")
+    options = read_config(task.Options, stored=dict(task.defaults(directory))).value
+    found = task.from_records([], {"text": "text"}, options)
+    found.attach(model)
+    return found

@@ -1,0 +1,99 @@
+"""An artefact of a model that another program trained: a Hugging Face directory, or an adapter that `peft` wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lexmill import models
+from lexmill.adapt import ADAPTER, merge
+from lexmill.adapt.peft import BASE, CONFIG, WEIGHTS
+from lexmill.artifact import Artifact, Manifest, TaskRecord, Transform, create, is_huggingface, render_card
+from lexmill.engine import load_pretrained
+from lexmill.engine.files import environment, write_model
+from lexmill.engine.loaded import ADAPTERS
+from lexmill.errors import UserError
+from lexmill.fit.model import model_directory
+
+NAME = "import"
+"""What the history of an artefact calls this."""
+
+
+def import_pretrained(
+    source: Path, out: Path | str, *, base: str | None = None, labels: Sequence[str] = (), pairs: bool = False
+) -> Artifact:
+    """Write an artefact of a model as it stands; nothing is trained.
+
+    Args:
+        source: a plain Hugging Face directory with safetensors, or one of `peft` with an adapter, which is merged, and
+            kept beside the model as `combine` wants it.
+        out: must not exist.
+        base: what the adapter was trained on, a directory or `minilm`; by default where the adapter says it is.
+        labels, pairs: see `load_pretrained`.
+
+    Raises:
+        UserError: it is neither; or its parts are missing, broken, do not fit each other, or cannot be represented.
+    """
+    out, began = Path(out), time.perf_counter()
+    adapter = source if (source / CONFIG).is_file() else None
+    directory = source if adapter is None else _base_of(adapter, base)
+    if not is_huggingface(directory):
+        raise _nothing_to_import(directory)
+    if adapter is None and base is not None:
+        raise UserError("a model that is whole has no base", where="--base", hint=f"there is no {CONFIG} in {source}")
+    loaded = load_pretrained(directory, adapter=adapter, labels=labels, pairs=pairs)
+    with create(out, discard_on_error=True) as writer:
+        if adapter is not None:
+            _keep(adapter, directory, writer.path(f"{ADAPTERS}/{ADAPTER}/{CONFIG}").parent)
+        merged = merge(loaded.model)
+        write_model(writer, loaded, directory)
+        effect = {
+            "weights": float(sum(one.numel() for one in loaded.model.parameters())),
+            "merged_matrices": float(merged),
+            "seconds": time.perf_counter() - began,
+        }
+        parameters: dict[str, Any] = {"source": str(source), "base": None if adapter is None else str(directory)}
+        writer.manifest = Manifest(
+            task=TaskRecord(name=loaded.task.name, state=loaded.task.state()),
+            structure=loaded.model.structure(),
+            history=(Transform(name=NAME, parameters=parameters, effect=effect),),
+            environment=environment(),
+            weights=models.weights_digest(loaded.model),
+        )
+        writer.path("card.md").write_text(render_card(writer.manifest, out.name), "utf-8")
+    return Artifact.open(out)
+
+
+def _base_of(adapter: Path, base: str | None) -> Path:
+    if base is not None:
+        return model_directory(base)
+    file = adapter / CONFIG
+    try:
+        config: Any = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), hint="give peft's directory") from error
+    said = config.get(BASE) if isinstance(config, dict) else None
+    if not said or not Path(said).is_dir():
+        hint = "name the directory of the model that it was trained on: --base DIR"
+        raise UserError(f"the model of the adapter is not at '{said}'", where=str(file), hint=hint)
+    return Path(said)
+
+
+def _keep(adapter: Path, base: Path, folder: Path) -> None:
+    """Copy an adapter's files, with where its model is now."""
+    config = json.loads((adapter / CONFIG).read_text("utf-8")) | {BASE: str(base.resolve())}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
+
+
+def _nothing_to_import(path: Path) -> UserError:
+    if (path / "manifest.json").exists():
+        hint = "every verb takes it; to begin from it, name it as a model: lexmill fit DATA --model DIR"
+        return UserError("an artefact already", where=str(path), hint=hint)
+    hint = f"give a GGUF file, a directory with a config.json, or one with peft's {CONFIG}"
+    what = "there is no model" if path.exists() else "there is no such file or directory"
+    return UserError(what, where=str(path), hint=hint)

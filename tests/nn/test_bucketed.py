@@ -96,6 +96,34 @@ def test_gradients_with_dropout_are_those_of_the_masks_that_were_drawn(rule):
     assert torch.autograd.gradcheck(seeded, (q, k, v))
 
 
+@pytest.mark.parametrize("rule", RULES[:3])
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_rounding_what_goes_in_and_comes_out_allows(rule):
+    torch.manual_seed(0)
+    layout = Packed.of([3, 40, 17, 17, 16, 31])
+    q, k, v = (random(layout.num_tokens, 4, 32).bfloat16().detach().requires_grad_() for _ in range(3))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    plan, weight = Plan.of(layout, layout, 4, rule), torch.randn(layout.num_tokens, 4, 32).bfloat16()
+    found, wanted = bucketed_attention(q, k, v, plan), bucketed_attention(*exact, plan)
+    assert found.dtype == torch.bfloat16
+    grads = torch.autograd.grad(found, (q, k, v), weight)
+    wanted_grads = torch.autograd.grad(wanted, exact, weight.double())
+    pairs = [(found, wanted), *zip(grads, wanted_grads, strict=True)]
+    for a, b in pairs:
+        assert (a.double() - b).norm() <= 2**-7 * b.norm()
+
+
+def test_no_gradient_is_made_for_keys_that_ask_for_none():
+    torch.manual_seed(0)
+    layout = Packed.of([3, 5, 4])
+    q, k, v = random(12, 2, 4), random(12, 2, 4), random(12, 2, 4)
+    plan, weight = Plan.of(layout, layout, 2, Rule()), torch.randn(12, 2, 4, dtype=torch.float64)
+    whole = torch.autograd.grad(bucketed_attention(q, k, v, plan), (q, k, v), weight)
+    fixed = bucketed_attention(q, k.detach(), v, plan)
+    assert fixed.grad_fn.next_functions[1][0] is None
+    for a, b in zip(torch.autograd.grad(fixed, (q, v), weight), (whole[0], whole[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_neighbouring_lengths_share_a_bucket_and_distant_ones_do_not():
     layout = Packed.of([5, 6, 5, 7, 60, 61, 62, 6])
     plan = Plan.of(layout, layout, 12, Rule())
@@ -117,7 +145,11 @@ def test_training_takes_it_and_what_it_cannot_do_goes_elsewhere(monkeypatch):
     attend(q, q, q, layout, Packed.of([3, 4]), bias=bias)
     q = random(long.num_tokens, 2, 4)
     attend(q, q, q, long, long)
+    attend(q, q, q, long, long, causal=True)
+    attend(q, q, q, long, long, dropout=0.1)
     assert len(taken) == 2
+    attend(q, q, q, long, long, causal=True, dropout=0.1)
+    assert len(taken) == 3
 
 
 def test_what_a_causal_query_cannot_see_is_not_computed():

@@ -66,16 +66,20 @@ def attend(
         return _attend_varlen(q, k, v, q_layout, k_layout, rule)
     if q.is_cuda or torch.compiler.is_compiling():  # groups of equal lengths would be others in every batch
         return _attend_padded(q, k, v, q_layout, k_layout, rule, bias, dropout)
-    if _trains_short(q, k, q_layout, k_layout, bias):
+    if _gains_by_buckets(q, k, q_layout, k_layout, rule, bias, dropout):
         return _attend_bucketed(q, k, v, q_layout, k_layout, rule, bias, dropout)
     return _attend_grouped(q, k, v, q_layout, k_layout, rule, bias, dropout)
 
 
-def _trains_short(q: Tensor, k: Tensor, q_layout: Packed, k_layout: Packed, bias: Tensor | None) -> bool:
-    """Whether these are short sequences whose gradients are wanted."""
+def _gains_by_buckets(
+    q: Tensor, k: Tensor, q_layout: Packed, k_layout: Packed, rule: Rule, bias: Tensor | None, dropout: float
+) -> bool:
+    """Whether gradients are wanted of short sequences, or of causal ones of any length that are dropped from: all other
+    ways then compute and keep what no query sees."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad) and not torch.compiler.is_compiling()
     placed = bias is None or q_layout is k_layout
-    return wanted and placed and max(q_layout.max_length, k_layout.max_length) <= bucketed.MAX_LENGTH
+    short = max(q_layout.max_length, k_layout.max_length) <= bucketed.MAX_LENGTH
+    return wanted and placed and (short or (rule.causal and dropout > 0))
 
 
 def _attend_bucketed(

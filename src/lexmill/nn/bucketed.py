@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lexmill.nn.dropout import keep_mask
 from lexmill.nn.layout import Packed
+from lexmill.nn.matmul import has_bf16
 from lexmill.nn.rule import Rule
 
 MAX_LENGTH = 256
-"""The longest sequence that gains from this; beyond it torch's fused kernel wins."""
+"""The longest sequence that gains from this where nothing is dropped; beyond it torch's fused kernel wins."""
 
 _TILE = 64
 """Queries of a causal bucket that are computed together: what they cannot see is then not computed."""
@@ -198,16 +199,18 @@ class _Bucketed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, dropout: float) -> Tensor:
         by_position = None if bias is None else bias.transpose(1, 2).contiguous()
+        dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        # Scores and their softmax are in float32; what is a sum over products of rounded numbers anyway is not.
+        narrow = dtype if dtype == torch.bfloat16 and has_bf16() else wide
         with torch.autocast("cpu", enabled=False):
-            # Products this small are no faster in fewer bits, and softmax is slower.
-            dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-            q, k, v = (cells.gather(x).to(wide) for cells, x in ((plan.queries, q), (plan.keys, k), (plan.keys, v)))
+            sides = ((plan.queries, q), (plan.keys, k), (plan.keys, v))
+            q, k, v = (cells.gather(x).to(narrow) for cells, x in sides)
             out = torch.empty_like(q)
-            kept = _keep_masks(plan, dropout, q)
+            masks = iter(_keep_masks(plan, dropout, q.new_empty(0, dtype=wide)))
             weights: list[Tensor] = []
-            sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out), strict=True)
-            masks = iter(kept)
-            for bucket, (qs, ks, vs, outs) in zip(plan.buckets, sides, strict=True):
+            dropped: list[Tensor] = []
+            parts = plan.by_query(q.to(wide)), plan.by_key(k.to(wide)), plan.by_key(v), plan.by_query(out)
+            for bucket, (qs, ks, vs, outs) in zip(plan.buckets, zip(*parts, strict=True), strict=True):
                 for tile in bucket.tiles:
                     scores = _scaled(ks[:, : tile.keys], qs[:, tile.queries].transpose(1, 2), dim=qs.shape[-1])
                     by_sequence = scores.view(bucket.sequences, plan.heads, *scores.shape[1:])
@@ -216,11 +219,12 @@ class _Bucketed(torch.autograd.Function):
                     if by_position is not None:
                         by_sequence.add_(_of(tile, by_position))
                     weights.append(scores.softmax(1))
-                    seen = weights[-1] * next(masks) if kept else weights[-1]
-                    _put(outs, tile.queries, seen.transpose(1, 2), vs[:, : tile.keys])
+                    seen = weights[-1] * next(masks) if dropout else weights[-1]
+                    dropped.append(seen.to(narrow))
+                    _put(outs, tile.queries, dropped[-1].transpose(1, 2), vs[:, : tile.keys])
         ctx.plan = plan
         ctx.like_bias = by_position if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(q, k, v, *weights, *kept)
+        ctx.save_for_backward(q, k, v, *weights, *dropped)
         return plan.queries.scatter(out.to(dtype), plan.heads)
 
     @staticmethod
@@ -230,9 +234,8 @@ class _Bucketed(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         q, k, v, *rest = ctx.saved_tensors
-        tiles = sum(len(bucket.tiles) for bucket in plan.buckets)
-        weights, masks = iter(rest[:tiles]), iter(rest[tiles:])
-        dropped = len(rest) > tiles
+        weights, dropped = iter(rest[: len(rest) // 2]), iter(rest[len(rest) // 2 :])
+        asks_k = ctx.needs_input_grad[1]
         # With nothing flowing into a query at padding, nothing flows out of it; keys at padding have weight 0.
         dtype, grad = grad.dtype, plan.queries.gather(grad).to(q.dtype).index_fill_(0, plan.queries.padding, 0)
         to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -245,26 +248,29 @@ class _Bucketed(torch.autograd.Function):
                 to_ks.zero_()
                 to_vs.zero_()
             for tile in bucket.tiles:
-                w, keep, scale = next(weights), next(masks) if dropped else None, 1 / math.sqrt(qs.shape[-1])
+                w, seen, scale = next(weights), next(dropped), 1 / math.sqrt(qs.shape[-1])
                 asked, flows, keys = qs[:, tile.queries], grads[:, tile.queries], slice(0, tile.keys)
                 whole = covered and tile is bucket.tiles[0]
-                _put(to_vs, keys, w if keep is None else w * keep, flows, onto=not whole)
-                to_w = torch.bmm(vs[:, keys], flows.transpose(1, 2))
-                if keep is not None:
-                    to_w.mul_(keep)
-                to_scores = torch.ops.aten._softmax_backward_data(to_w, w, 1, w.dtype)
+                _put(to_vs, keys, seen, flows, onto=not whole)
+                # What flows into a score is its share of the flow into the weights, less its weight of all shares.
+                shares = torch.bmm(vs[:, keys], flows.transpose(1, 2)).to(w.dtype).mul_(seen)
+                to_scores = torch.addcmul(shares, w, shares.sum(1, keepdim=True), value=-1)
                 if to_bias is not None:
                     by_sequence = to_scores.view(bucket.sequences, plan.heads, *to_scores.shape[1:])
                     _of(tile, to_bias).add_(by_sequence.sum(0))
+                to_scores = to_scores.to(seen.dtype)
                 _put(to_qs, tile.queries, to_scores.transpose(1, 2), ks[:, keys], scale=scale)
-                _put(to_ks, keys, to_scores, asked, scale=scale, onto=not whole)
+                if asks_k:
+                    _put(to_ks, keys, to_scores, asked, scale=scale, onto=not whole)
         heads = plan.heads
-        to_q, to_k, to_v = (
+        return (
             plan.queries.scatter(to_q.to(dtype), heads),
-            plan.keys.scatter(to_k.to(dtype), heads),
+            plan.keys.scatter(to_k.to(dtype), heads) if asks_k else None,
             plan.keys.scatter(to_v.to(dtype), heads),
+            None if to_bias is None else to_bias.transpose(1, 2),
+            None,
+            None,
         )
-        return to_q, to_k, to_v, None if to_bias is None else to_bias.transpose(1, 2), None, None
 
 
 def _scaled(a: Tensor, b: Tensor, *, dim: int) -> Tensor:

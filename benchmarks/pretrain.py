@@ -1,8 +1,8 @@
 """Training a 10 M-parameter GPT-2 from nothing on 3 M tokens of novels and PEPs, against the Hugging Face Trainer.
 
 Both have a process of their own, the same new weights, blocks, batches, AdamW, schedule and dropout; a turn is a number
-of optimiser steps. `--quality` trains each over all blocks instead, for bits per byte on held-out text and BLiMP. The
-tokenizer is trained here, on the training text.
+of optimiser steps. `--precision bf16` lets both make their products in bfloat16. `--quality` trains each over all
+blocks instead, for bits per byte on held-out text and BLiMP. The tokenizer is trained here, on the training text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +34,7 @@ VOCABULARY, BLOCK, BATCH = 8192, 256, 16
 TOKENS = 3_000_000
 RATE, WARMUP, LEAST = 1e-3, 0.02, 1.3
 CUDA = torch.cuda.is_available()
+Precision = Literal["fp32", "bf16"]
 
 
 def text_files() -> tuple[Path, Path]:
@@ -54,7 +55,7 @@ def text_files() -> tuple[Path, Path]:
     return train, held
 
 
-def setting(dropout: float, steps: int) -> Any:
+def setting(dropout: float, precision: Precision) -> Any:
     """Model, blocks and trainer of Lexmill, as `lexmill fit` makes them; the peer takes weights and blocks from it."""
     from lexmill.data.tokenizer_training import TokenizerConfig, write_tokenizer
     from lexmill.fit import DataConfig, FitConfig
@@ -71,7 +72,7 @@ def setting(dropout: float, steps: int) -> Any:
         (directory / "config.json").write_text(json.dumps(STRUCTURE))
     config = TrainConfig(
         epochs=1, batch_size=BATCH, learning_rate=RATE, warmup=WARMUP, weight_decay=0.1, dropout=dropout,
-        precision="bf16" if CUDA else "fp32",
+        precision=precision,
     )  # fmt: skip
     options = {"max_length": BLOCK}
     asked = FitConfig(
@@ -87,10 +88,10 @@ def setting(dropout: float, steps: int) -> Any:
     return prepared, Trainer(begun.model, prepared.task, data, config)
 
 
-def lexmill(dropout: float, steps: int) -> Callable[[], Mapping[str, Any]]:
+def lexmill(dropout: float, precision: Precision, steps: int) -> Callable[[], Mapping[str, Any]]:
     from lexmill.hardware import matmul_rate
 
-    _, trainer = setting(dropout, steps)
+    _, trainer = setting(dropout, precision)
     model = trainer.model
 
     def turn() -> Mapping[str, Any]:
@@ -103,7 +104,7 @@ def lexmill(dropout: float, steps: int) -> Callable[[], Mapping[str, Any]]:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         shapes = [*model.matmul_shapes(), (model.config.hidden_size, VOCABULARY)]
-        dtype = torch.bfloat16 if CUDA else torch.float32
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         ceiling = matmul_rate(shapes, BATCH * BLOCK, dtype=dtype, device=model.device, repeats=5)
         work_done = model.training_work() + 6 * model.config.hidden_size * VOCABULARY
         return {
@@ -121,7 +122,7 @@ def peer(dropout: float) -> tuple[Any, list[dict[str, Any]]]:
 
     from lexmill import models
 
-    _, trainer = setting(dropout, 1)
+    _, trainer = setting(dropout, "fp32")
     with tempfile.TemporaryDirectory() as folder:
         models.save(trainer.model.cpu(), folder)
         changes = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
@@ -134,19 +135,19 @@ def peer(dropout: float) -> tuple[Any, list[dict[str, Any]]]:
     return model, rows
 
 
-def hf_trainer(dropout: float, steps: int) -> Callable[[], Mapping[str, Any]]:
+def hf_trainer(dropout: float, precision: Precision, steps: int) -> Callable[[], Mapping[str, Any]]:
     model, rows = peer(dropout)
     state = {"at": 0}
 
     def turn() -> Mapping[str, Any]:
-        seconds = train_peer(model, rows[state["at"] : state["at"] + steps * BATCH], dropout)
+        seconds = train_peer(model, rows[state["at"] : state["at"] + steps * BATCH], precision)
         state["at"] += steps * BATCH
         return {"rate": steps * BATCH * BLOCK / seconds}
 
     return turn
 
 
-def train_peer(model: Any, rows: list[dict[str, Any]], dropout: float) -> float:
+def train_peer(model: Any, rows: list[dict[str, Any]], precision: Precision) -> float:
     """Train on these rows in this order; gives the seconds that the steps took."""
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -173,7 +174,7 @@ def train_peer(model: Any, rows: list[dict[str, Any]], dropout: float) -> float:
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE,
             warmup_steps=WARMUP, weight_decay=0.1, report_to=[], save_strategy="no", logging_steps=10_000,
-            disable_tqdm=True, bf16=CUDA, use_cpu=not CUDA,
+            disable_tqdm=True, bf16=precision == "bf16", use_cpu=not CUDA,
         )  # fmt: skip
         collate = lambda some: {  # noqa: E731
             name: torch.tensor([row[name] for row in some]) for name in ("input_ids", "labels")
@@ -182,7 +183,7 @@ def train_peer(model: Any, rows: list[dict[str, Any]], dropout: float) -> float:
     return times[-1] - times[0]
 
 
-def quality(dropout: float, most: int, pairs: int) -> dict[str, Any]:
+def quality(dropout: float, precision: Precision, most: int, pairs: int) -> dict[str, Any]:
     """Each trained over the same blocks once (at most `most` steps): bits per byte on held-out text, and BLiMP."""
     from lexmill import models
     from lexmill.data import open_source
@@ -191,11 +192,11 @@ def quality(dropout: float, most: int, pairs: int) -> dict[str, Any]:
     from lexmill.evaluate import evaluate
     from lexmill.evaluate.minimal_pairs import minimal_pairs
 
-    prepared, trainer = setting(dropout, 1)
+    prepared, trainer = setting(dropout, precision)
     trainer.total_steps = min(trainer.total_steps, most)
     trainer.run(lambda event: None)
     theirs, rows = peer(dropout)
-    train_peer(theirs, rows[: trainer.total_steps * BATCH], dropout)
+    train_peer(theirs, rows[: trainer.total_steps * BATCH], precision)
     with tempfile.TemporaryDirectory() as folder:
         theirs.cpu().save_pretrained(folder)
         other = models.load(folder)
@@ -224,23 +225,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps a turn")
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if CUDA else "fp32")
     parser.add_argument("--quality", action="store_true", help="train each over all blocks in place of turns (an hour)")
     parser.add_argument("--quality-steps", type=int, default=1 << 30, help="at most so many")
     parser.add_argument("--pairs", type=int, default=6700, help="of BLiMP's 67,000")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        contestant, dropout, steps = arguments.worker.split(":")
-        work({"lexmill": lexmill, "hf trainer": hf_trainer}[contestant](float(dropout), int(steps)))
+        contestant, dropout, precision, steps = arguments.worker.split(":")
+        work({"lexmill": lexmill, "hf trainer": hf_trainer}[contestant](float(dropout), precision, int(steps)))
         return
-    name = "pretrain-gpu" if CUDA else "pretrain"
+    dropout, precision = arguments.dropout, arguments.precision
+    name = "pretrain-gpu" if CUDA else "pretrain" if precision == "fp32" else f"pretrain-{precision}"
     if arguments.quality:
-        found = quality(arguments.dropout, arguments.quality_steps, arguments.pairs)
-        save(f"{name}-quality", {"dropout": arguments.dropout, **found})
+        found = quality(dropout, precision, arguments.quality_steps, arguments.pairs)
+        save(f"{name}-quality", {"dropout": dropout, **found})
         return
-    setting(arguments.dropout, arguments.steps)  # so that tokenizer and blocks are made once, before the workers
+    setting(dropout, precision)  # so that tokenizer and blocks are made once, before the workers
     names = ("lexmill", "hf trainer")
-    workers = {name: Worker(__file__, f"{name}:{arguments.dropout}:{arguments.steps}") for name in names}
+    workers = {name: Worker(__file__, f"{name}:{dropout}:{precision}:{arguments.steps}") for name in names}
     rates = interleave(workers, arguments.rounds)
     facts = workers["lexmill"].facts
     for worker in workers.values():
@@ -250,7 +253,8 @@ def main() -> None:
     share = facts["ceiling_share"]
     print(f"{times:.2f}x the Hugging Face Trainer (at least {LEAST}); {share:.0%} of the ceiling", flush=True)
     figures: dict[str, Any] = {
-        "dropout": arguments.dropout,
+        "dropout": dropout,
+        "precision": precision,
         "tokens_per_second": rates,
         "times_trainer": times,
         **facts,

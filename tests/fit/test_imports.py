@@ -198,6 +198,12 @@ def test_what_cannot_be_taken_over_is_refused(plain: Path, on_minilm: tuple[Path
     half = broken(tmp_path / "half", plain, "model.safetensors", lambda found: found.pop("bert.pooler.dense.weight"))
     tokens = {"architectures": ["BertForTokenClassification"]}
     tags = broken(tmp_path / "tags", plain, "config.json", lambda found: found.update(tokens))
+    asked = {"architectures": ["BertForQuestionAnswering"]}
+    spans = broken(tmp_path / "spans", plain, "config.json", lambda found: found.update(asked))
+    twice = broken(tmp_path / "twice", plain, "config.json", lambda found: found["id2label"].update({"0": "pin"}))
+    many = broken(tmp_path / "many", plain, "config.json", lambda found: found.update({"problem_type": "regression"}))
+    by_token = {"task_type": "TOKEN_CLS"}
+    tagger = broken(tmp_path / "tagger", adapter, "adapter_config.json", lambda found: found.update(by_token))
     done = lm.import_pretrained(plain, out=tmp_path / "done").path
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (kept, {}, "'bert.embeddings.word_embeddings.weight' has no place"),
@@ -205,6 +211,10 @@ def test_what_cannot_be_taken_over_is_refused(plain: Path, on_minilm: tuple[Path
         (adapter, {"base": plain}, "do not fit the model"),
         (half, {}, "'bert.pooler.dense.weight' of the head is missing"),
         (tags, {}, "how its tokens make words"),
+        (spans, {}, "how its windows overlap"),
+        (twice, {}, "two classes have one name"),
+        (many, {}, "a head of 3 numbers"),
+        (tagger, {}, "how its tokens make words"),
         (done, {}, "an artefact already"),
         (plain, {"labels": ["one", "two"]}, "2 labels for a head of 3 outputs"),
         (plain, {"labels": ["one", "two", "one"]}, "two classes have one name"),

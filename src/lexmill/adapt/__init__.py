@@ -2,7 +2,7 @@
 
 from lexmill.adapt.config import AdaptConfig
 from lexmill.adapt.methods import ADAPTER, Adapted, adapt, merge
-from lexmill.adapt.peft import load_adapter, refuse_unplaced, save_adapter, take_heads
+from lexmill.adapt.peft import load_adapter, refuse_unplaced, save_adapter, take_heads, task_of
 from lexmill.adapt.peft_save import save_adapted
 from lexmill.adapt.shared import activate, adapter_tensors, add_adapter, rows_of, save_heads, using
 
@@ -22,5 +22,6 @@ __all__ = [
     "save_adapter",
     "save_heads",
     "take_heads",
+    "task_of",
     "using",
 ]

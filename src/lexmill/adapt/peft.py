@@ -145,6 +145,11 @@ def load_heads(model: Model, directory: Path) -> None:
             own.copy_(stored)
 
 
+def task_of(directory: Path) -> str | None:
+    """What `peft` calls the task of an adapter; None where it is for none. Raises as `load_adapter`."""
+    return _read(directory)[0].get("task_type")
+
+
 def take_heads(model: Model, directory: Path) -> None:
     """Let the head weights that stand beside an adapter be those that a head of the model is made from."""
     family = families.find(model.family).prefix

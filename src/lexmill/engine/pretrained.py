@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmill import models
-from lexmill.adapt import load_adapter, refuse_unplaced, take_heads
+from lexmill.adapt import load_adapter, refuse_unplaced, take_heads, task_of
 from lexmill.config import load as read_config
 from lexmill.data.tokenizer import check_vocabulary, load_tokenizer
 from lexmill.engine.loaded import Loaded
@@ -19,6 +19,15 @@ from lexmill.tasks.rank import Rank, RankOptions
 
 LONGEST = 512
 """Tokens that texts are cut to for a head of a plain directory, which does not say how many it learnt from."""
+_UNSAID = {
+    "TokenClassification": ("how its tokens make words", "tag"),
+    "TOKEN_CLS": ("how its tokens make words", "tag"),
+    "QuestionAnswering": ("how its windows overlap", "answer"),
+    "QUESTION_ANS": ("how its windows overlap", "answer"),
+    "MultipleChoice": ("how choices are laid out", "rank"),
+}
+"""By the end of a class of `transformers`, or the task of an adapter of `peft`: what the files leave open, and the task
+that a new head would learn."""
 
 
 def load_pretrained(
@@ -38,6 +47,7 @@ def load_pretrained(
         UserError: files are missing or broken or do not fit each other, or do not say enough to answer anybody.
     """
     model, tokenizer = models.load(directory), load_tokenizer(directory)
+    _refuse_unsaid(model, directory, adapter)
     check_vocabulary(tokenizer, model.config.vocab_size, where=str(directory))
     if adapter is not None:
         load_adapter(model, adapter)
@@ -52,12 +62,19 @@ def load_pretrained(
     return Loaded(task, model.eval(), tokenizer, directory.resolve().name, path=directory)
 
 
+def _refuse_unsaid(model: Model, directory: Path, adapter: Path | None) -> None:
+    """Raise a `UserError` where a head does what nobody can do without knowing more than the files say."""
+    named = model.origin.config.get("architectures") or () if adapter is None else (task_of(adapter),)
+    for name in named:
+        for end, (unsaid, task) in _UNSAID.items():
+            if str(name).endswith(end):
+                hint = f"make an artefact of it with: lexmill fit DATA --task {task} --model DIR"
+                raise UserError(f"the directory does not say {unsaid}", where=str(adapter or directory), hint=hint)
+
+
 def _headed(model: Model, directory: Path, labels: Sequence[str], *, pairs: bool) -> Task:
     """The task of the classification head that the files hold, which the model gets."""
     config = model.origin.config
-    if any(name.endswith("ForTokenClassification") for name in config.get("architectures") or ()):
-        hint = "make an artefact of it with: lexmill fit DATA --task tag --model DIR"
-        raise UserError("the directory does not say how its tokens make words", where=str(directory), hint=hint)
     longest = min(model.trunk.max_tokens, LONGEST)
     if len(model.spare("classifier")["output.weight"]) == 1:
         if labels:
@@ -66,6 +83,8 @@ def _headed(model: Model, directory: Path, labels: Sequence[str], *, pairs: bool
         columns = {"text": "text", "text_pair": "text_pair", "label": "label"}
         return Rank(columns, 0.0, 1.0, graded=True, options=RankOptions(max_length=longest))
     outputs = model.add_stored_classifier("label").shape.num_labels
+    if config.get("problem_type") == "regression":
+        raise UserError(f"a head of {outputs} numbers, which are no classes", where=str(directory / "config.json"))
     named = _named(config.get("id2label") or {}, outputs, labels)
     several = config.get("problem_type") == "multi_label_classification"
     head = Head("label", "label", named, (1.0,) * outputs)
@@ -76,14 +95,17 @@ def _headed(model: Model, directory: Path, labels: Sequence[str], *, pairs: bool
 
 def _named(stored: Mapping[str, Any], outputs: int, given: Sequence[str]) -> tuple[str, ...]:
     """What the classes are called."""
-    if given:
-        if len(given) != outputs:
-            raise UserError(f"{len(given)} labels for a head of {outputs} outputs", where="--labels")
-        if len(set(given)) < len(given):
-            raise UserError("two classes have one name", where="--labels")
-        return tuple(given)
+    if given and len(given) != outputs:
+        raise UserError(f"{len(given)} labels for a head of {outputs} outputs", where="--labels")
     known = stored if len(stored) == outputs else {}
-    return tuple(str(known.get(str(index), f"LABEL_{index}")) for index in range(outputs))
+    names = tuple(given) or tuple(str(known.get(str(index), f"LABEL_{index}")) for index in range(outputs))
+    if len(set(names)) < outputs:
+        where, hint = (
+            "--labels" if given else "id2label of config.json",
+            "give each class a name of its own by --labels",
+        )
+        raise UserError("two classes have one name", where=where, hint=hint)
+    return names
 
 
 def _headless(model: Model, directory: Path) -> Task:

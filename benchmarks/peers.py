@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def tag(config: FitConfig) -> dict[str, float]:
 
 def answer(config: FitConfig) -> dict[str, float]:
     """Exact match and F1 on the test rows of the Hugging Face Trainer, with windows as Lexmill cuts them; the span of
-    the largest sum of two logits over a row's windows answers it, of at most as many tokens."""
+    the largest sum of two logits over a row's windows answers it, of at most as many tokens. A step takes as many
+    windows as the recipe's questions have in the mean, so that both take as many steps."""
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
     from transformers import logging as hf_logging
 
@@ -196,13 +198,16 @@ def answer(config: FitConfig) -> dict[str, float]:
             made.append({"input_ids": found["input_ids"][index], "start_positions": low, "end_positions": high})
         return made
 
-    rows = learnt(read[config.data.train])
+    questions = read[config.data.train]
+    rows = learnt(questions)
+    at_once = round(train.batch_size * len(rows) / len(questions))
     torch.manual_seed(train.seed)
     model = AutoModelForQuestionAnswering.from_pretrained(directory)
     asked = read[config.data.test]
     found, owners = windows(asked)
     given = [{"input_ids": ids} for ids in found["input_ids"]]
-    starts, ends = _predicted(config, model, rows, given, DataCollatorWithPadding(tokenizer), at_once=16)
+    of_windows = replace(config, train=replace(train, batch_size=at_once))
+    starts, ends = _predicted(of_windows, model, rows, given, DataCollatorWithPadding(tokenizer), at_once=16)
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(asked)
     for index, owner in enumerate(owners):
         inside = [(i, span) for i, span in enumerate(spans_of(found, index)) if span]

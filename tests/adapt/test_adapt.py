@@ -169,6 +169,8 @@ def test_a_task_without_a_head_of_its_own_cannot_leave_everything_as_it_is(tmp_p
     [
         ({"peft_type": "IA3"}, "only LoRA"),
         ({"use_dora": True}, "cannot be represented"),
+        ({"init_lora_weights": "pissa_niter_4"}, "out of the model's own matrices"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "cannot be represented"),
         ({"bias": "all"}, "only LoRA"),
     ],
 )

@@ -24,6 +24,8 @@ ROOT = "base_model.model."
 PROMPTS_ROOT = "base_model."
 """What the names of head tensors begin with, where `peft` puts nothing around the model's layers."""
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways to begin a low-rank adapter that leave another matrix behind than the model's files hold."""
 TASKS = {"classifier": "SEQ_CLS", "token_classifier": "TOKEN_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -187,9 +189,14 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, tensors
     if config.get("peft_type") == "ADALORA":
         config, tensors = as_lora(config, tensors)
-    for key in ("fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern"):
+    for key in ("fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "use_qalora"):
         if config.get(key):
             raise UserError(f"{config[key]!r} cannot be represented", where=f"{directory / CONFIG}: {key}")
+    begun = str(config.get("init_lora_weights", "")).lower()
+    if begun.startswith(_CHANGE_THE_BASE):
+        hint = "convert it to plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        what = f"'{begun}' takes what the adapter begins with out of the model's own matrices"
+        raise UserError(what, where=f"{directory / CONFIG}: init_lora_weights", hint=hint)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(
             "only LoRA without trained biases, AdaLoRA, a prefix or a prompt can be loaded",

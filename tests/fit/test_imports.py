@@ -125,6 +125,9 @@ def test_an_adapter_of_peft(on_minilm: tuple[Path, np.ndarray], tmp_path: Path) 
     assert (said["task"], said["labels"], said["merged_matrices"]) == ("classify", LABELS, 12.0)
     assert_answers(out, wanted, LABELS)
     assert verify(out).ok
+    assert (
+        lm.export(out, format="peft", out=tmp_path / "peft").artifact.path / "peft" / "adapter_model.safetensors"
+    ).exists()
     both = lm.combine("minilm", {"theirs": out}, out=tmp_path / "both")
     answers = lm.load(both.path).predict(TEXTS, adapter="theirs", raw=True)
     got = np.array([list(one["logits"].values()) for one in answers])
@@ -157,6 +160,36 @@ def test_an_adapter_of_a_language_model(tmp_path: Path) -> None:
     assert greedy(loaded.model, [ids], max_new_tokens=8)[0].ids == wanted
     assert loaded.task.name == "generate"
     assert lm.load(out).predict([TEXTS[0]], max_new_tokens=8)[0]["text"]
+
+
+def test_a_head_of_one_output_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(num_labels=1, initializer_range=0.2, **SMALL)
+    theirs = transformers.BertForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path / "one")
+    out = lm.import_pretrained(with_tokenizer(tmp_path / "one"), out=tmp_path / "out").path
+    read = tokenizer().encode(TEXTS[0], TEXTS[1])
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([read.ids]), token_type_ids=torch.tensor([read.type_ids])).logits
+    (answer,) = lm.load(out).predict([[TEXTS[0], TEXTS[1]]], raw=True)
+    np.testing.assert_allclose(list(answer["logits"].values()), wanted[0].numpy(), rtol=1e-4, atol=1e-5)
+    assert verify(out).ok
+
+
+def test_a_model_in_bfloat16_verifies(plain: Path, tmp_path: Path) -> None:
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(plain)
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    out = lm.import_pretrained(with_tokenizer(tmp_path / "half"), out=tmp_path / "out").path
+    assert_answers(out, logits(theirs.float(), TEXTS), LABELS)
+    assert verify(out).ok
+
+
+def test_texts_end_where_the_model_ends_them(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(eos_token_id=1010, num_key_value_heads=2, **SMALL)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    loaded = load(lm.import_pretrained(with_tokenizer(tmp_path / "base"), out=tmp_path / "out").path)
+    assert loaded.task.options.end_token == tokenizer().id_to_token(1010)
+    assert loaded.task.options.max_length == 512
 
 
 def test_a_model_without_a_head_embeds(tmp_path: Path) -> None:
@@ -198,6 +231,11 @@ def test_what_cannot_be_taken_over_is_refused(plain: Path, on_minilm: tuple[Path
     half = broken(tmp_path / "half", plain, "model.safetensors", lambda found: found.pop("bert.pooler.dense.weight"))
     tokens = {"architectures": ["BertForTokenClassification"]}
     tags = broken(tmp_path / "tags", plain, "config.json", lambda found: found.update(tokens))
+    headless = broken(tmp_path / "headless", plain, "model.safetensors", lambda found: found.pop("classifier.weight"))
+    later = {"alora_invocation_tokens": [102]}
+    odd = {"r": 0}
+    waits = broken(tmp_path / "waits", adapter, "adapter_config.json", lambda found: found.update(later))
+    none = broken(tmp_path / "none", adapter, "adapter_config.json", lambda found: found.update(odd))
     asked = {"architectures": ["BertForQuestionAnswering"]}
     spans = broken(tmp_path / "spans", plain, "config.json", lambda found: found.update(asked))
     twice = broken(tmp_path / "twice", plain, "config.json", lambda found: found["id2label"].update({"0": "pin"}))
@@ -211,6 +249,9 @@ def test_what_cannot_be_taken_over_is_refused(plain: Path, on_minilm: tuple[Path
         (adapter, {"base": plain}, "do not fit the model"),
         (half, {}, "'bert.pooler.dense.weight' of the head is missing"),
         (tags, {}, "how its tokens make words"),
+        (headless, {}, "the classification head is missing"),
+        (waits, {}, "cannot be represented"),
+        (none, {}, "0 is no number above 0"),
         (spans, {}, "how its windows overlap"),
         (twice, {}, "two classes have one name"),
         (many, {}, "a head of 3 numbers"),

@@ -26,6 +26,8 @@ PROMPTS_ROOT = "base_model."
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """Ways to begin a low-rank adapter that leave another matrix behind than the model's files hold."""
+_LATER = ("alora_invocation_tokens", "arrow_config")
+"""What lets an adapter act on some tokens or by some texts only."""
 TASKS = {"classifier": "SEQ_CLS", "token_classifier": "TOKEN_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -125,9 +127,9 @@ def refuse_rounded(manifest: Manifest, where: str) -> None:
 
 def _refuse_left_over(config: dict[str, Any], tensors: dict[str, Tensor], found: set[str], where: str) -> None:
     """Raise a `UserError` for a tensor that is neither a low-rank matrix of a layer nor part of a head."""
-    heads = {f".{name}." for name in config.get("modules_to_save") or ()}
+    heads = {f"{name}." for name in config.get("modules_to_save") or ()}  # peft too looks at how a name ends
     for key in tensors.keys() - {f"{key}.{side}.weight" for key in found for side in ("lora_A", "lora_B")}:
-        if not any(name in f".{key}" for name in heads):
+        if not any(name in key for name in heads):
             hint = "only low-rank matrices of linear layers, without biases, and heads can be loaded"
             raise UserError(f"the tensor '{key}' has no place in the model", where=where, hint=hint)
 
@@ -185,11 +187,20 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no readable adapter: {error}", where=str(directory), hint="give peft's directory") from error
+    _refuse_odd(config, directory / CONFIG)
     if config.get("peft_type") in PROMPTS:
         return config, tensors
     if config.get("peft_type") == "ADALORA":
         config, tensors = as_lora(config, tensors)
-    for key in ("fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "use_qalora"):
+    for key in (
+        "fan_in_fan_out",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "layer_replication",
+        "use_qalora",
+        *_LATER,
+    ):
         if config.get(key):
             raise UserError(f"{config[key]!r} cannot be represented", where=f"{directory / CONFIG}: {key}")
     begun = str(config.get("init_lora_weights", "")).lower()
@@ -203,3 +214,15 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             where=str(directory / CONFIG),
         )
     return config, tensors
+
+
+def _refuse_odd(config: Any, file: Path) -> None:
+    """Raise a `UserError` where what an adapter is computed by is not of its kind."""
+    if not isinstance(config, dict):
+        raise UserError("it holds no settings", where=str(file), hint="give peft's directory")
+    kept, method = config.get("modules_to_save"), config.get("peft_type")
+    if kept is not None and not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
+        raise UserError(f"{kept!r} is no list of names", where=f"{file}: modules_to_save")
+    for key in {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha")}.get(str(method), ()):
+        if not isinstance(config.get(key), int | float) or not config[key] > 0:
+            raise UserError(f"{config.get(key)!r} is no number above 0", where=f"{file}: {key}")

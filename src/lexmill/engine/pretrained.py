@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lexmill import models
 from lexmill.adapt import load_adapter, refuse_unplaced, take_heads, task_of
@@ -13,12 +14,15 @@ from lexmill.data.tokenizer import check_vocabulary, load_tokenizer
 from lexmill.engine.loaded import Loaded
 from lexmill.errors import UserError
 from lexmill.models import Model
+from lexmill.models.heads import Head as ModelHead
 from lexmill.tasks import Task, find
 from lexmill.tasks.classify import Classify, ClassifyOptions, Head
+from lexmill.tasks.rank import HEAD as RANK
 from lexmill.tasks.rank import Rank, RankOptions
 
 LONGEST = 512
 """Tokens that texts are cut to for a head of a plain directory, which does not say how many it learnt from."""
+_CLASSIFIES = ("ForSequenceClassification", "SEQ_CLS")
 _UNSAID = {
     "TokenClassification": ("how its tokens make words", "tag"),
     "TOKEN_CLS": ("how its tokens make words", "tag"),
@@ -52,22 +56,38 @@ def load_pretrained(
     if adapter is not None:
         load_adapter(model, adapter)
         take_heads(model, adapter)
-    headed = "output.weight" in model.spare("classifier")
+    headed = "output.weight" in model.spare("classifier") and (
+        adapter is None or task_of(adapter) != "FEATURE_EXTRACTION"
+    )
+    if not headed and any(name.endswith(_CLASSIFIES) for name in _named_by(model, adapter)):
+        raise UserError(
+            "the classification head is missing", where=str(adapter or directory), hint="copy all files again"
+        )
     if (labels or pairs) and not headed:
         what = "there is no classification head" + (" to name the labels of" if labels else " for pairs")
         raise UserError(what, where=str(adapter or directory))
     task = _headed(model, directory, labels, pairs=pairs) if headed else _headless(model, directory)
     if adapter is not None:
         refuse_unplaced(model, adapter)
+        if model.trunk.has_prompt and any(cast("ModelHead", head).pooling == "mean" for head in model.heads.values()):
+            raise UserError("peft takes the mean over a prompt too, and here only texts are", where=str(adapter))
     return Loaded(task, model.eval(), tokenizer, directory.resolve().name, path=directory)
+
+
+def _named_by(model: Model, adapter: Path | None) -> list[str]:
+    """What the files call what the model does: the task of an adapter, else the classes of `transformers`."""
+    said = None if adapter is None else task_of(adapter)
+    classes = model.origin.config.get("architectures")
+    return [str(said)] if said else [str(name) for name in classes] if isinstance(classes, list) else []
 
 
 def _refuse_unsaid(model: Model, directory: Path, adapter: Path | None) -> None:
     """Raise a `UserError` where a head does what nobody can do without knowing more than the files say."""
-    named = model.origin.config.get("architectures") or () if adapter is None else (task_of(adapter),)
-    for name in named:
+    if model.heads:
+        raise UserError("the model of an artefact, without its manifest", where=str(directory), hint="copy all of it")
+    for name in _named_by(model, adapter):
         for end, (unsaid, task) in _UNSAID.items():
-            if str(name).endswith(end):
+            if name.endswith(end):
                 hint = f"make an artefact of it with: lexmill fit DATA --task {task} --model DIR"
                 raise UserError(f"the directory does not say {unsaid}", where=str(adapter or directory), hint=hint)
 
@@ -79,13 +99,14 @@ def _headed(model: Model, directory: Path, labels: Sequence[str], *, pairs: bool
     if len(model.spare("classifier")["output.weight"]) == 1:
         if labels:
             raise UserError("a head of one output gives a score, and no label", where="--labels")
-        model.add_stored_classifier("score")
+        model.add_stored_classifier(RANK)
         columns = {"text": "text", "text_pair": "text_pair", "label": "label"}
         return Rank(columns, 0.0, 1.0, graded=True, options=RankOptions(max_length=longest))
     outputs = model.add_stored_classifier("label").shape.num_labels
     if config.get("problem_type") == "regression":
         raise UserError(f"a head of {outputs} numbers, which are no classes", where=str(directory / "config.json"))
-    named = _named(config.get("id2label") or {}, outputs, labels)
+    said = config.get("id2label")
+    named = _named(said if isinstance(said, dict) else {}, outputs, labels)
     several = config.get("problem_type") == "multi_label_classification"
     head = Head("label", "label", named, (1.0,) * outputs)
     options = ClassifyOptions(max_length=longest, multi_label=several)
@@ -114,7 +135,24 @@ def _headless(model: Model, directory: Path) -> Task:
         hint = "make an artefact of it with: lexmill fit DATA --task seq2seq --model DIR"
         raise UserError("the directory does not say what its decoder is to write", where=str(directory), hint=hint)
     task = find("generate" if model.config.causal else "embed")
-    options = read_config(task.Options, stored=dict(task.defaults(directory))).value
-    found = task.from_records([], {"text": "text"}, options)
+    defaults = dict(task.defaults(directory))
+    stored = read_config(task.Options, stored=defaults).value
+    changes: dict[str, Any] = {"max_length": min(stored.max_length, model.trunk.max_tokens)}
+    if model.config.causal and (end := _end_token(directory)) is not None:
+        changes["end_token"] = load_tokenizer(directory).id_to_token(end)
+    found = task.from_records([], {"text": "text"}, read_config(task.Options, stored={**defaults, **changes}).value)
     found.attach(model)
     return found
+
+
+def _end_token(directory: Path) -> int | None:
+    """The token that ends what the model says, as its files have it; the first of several."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            said = json.loads((directory / name).read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        first = said[0] if isinstance(said, list) and said else said
+        if isinstance(first, int):
+            return first
+    return None

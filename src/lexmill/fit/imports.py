@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from lexmill import models
 from lexmill.adapt import ADAPTER, merge
-from lexmill.adapt.peft import BASE, CONFIG, WEIGHTS
+from lexmill.adapt.peft import BASE, CONFIG, PROMPTS, PROMPTS_ROOT, ROOT, WEIGHTS
 from lexmill.artifact import Artifact, Manifest, TaskRecord, Transform, create, is_huggingface, render_card
 from lexmill.engine import load_pretrained
 from lexmill.engine.files import environment, write_model
 from lexmill.engine.loaded import ADAPTERS
 from lexmill.errors import UserError
 from lexmill.fit.model import model_directory
+from lexmill.models import Model, head_tensors
 
 NAME = "import"
 """What the history of an artefact calls this."""
@@ -46,9 +49,11 @@ def import_pretrained(
     if adapter is None and base is not None:
         raise UserError("a model that is whole has no base", where="--base", hint=f"there is no {CONFIG} in {source}")
     loaded = load_pretrained(directory, adapter=adapter, labels=labels, pairs=pairs)
+    if loaded.model.dtype == torch.bfloat16:
+        loaded.model.float()  # what is served is computed in float32, and verified against this
     with create(out, discard_on_error=True) as writer:
         if adapter is not None:
-            _keep(adapter, directory, writer.path(f"{ADAPTERS}/{ADAPTER}/{CONFIG}").parent)
+            _keep(adapter, directory, loaded.model, writer.path(f"{ADAPTERS}/{ADAPTER}/{CONFIG}").parent)
         merged = merge(loaded.model)
         write_model(writer, loaded, directory)
         effect = {
@@ -77,17 +82,22 @@ def _base_of(adapter: Path, base: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), hint="give peft's directory") from error
     said = config.get(BASE) if isinstance(config, dict) else None
-    if not said or not Path(said).is_dir():
+    if not isinstance(said, str) or not Path(said).is_dir():
         hint = "name the directory of the model that it was trained on: --base DIR"
         raise UserError(f"the model of the adapter is not at '{said}'", where=str(file), hint=hint)
     return Path(said)
 
 
-def _keep(adapter: Path, base: Path, folder: Path) -> None:
-    """Copy an adapter's files, with where its model is now."""
-    config = json.loads((adapter / CONFIG).read_text("utf-8")) | {BASE: str(base.resolve())}
+def _keep(adapter: Path, base: Path, model: Model, folder: Path) -> None:
+    """Copy an adapter's files, with where its model is now, and all of the heads."""
+    config, tensors = json.loads((adapter / CONFIG).read_text("utf-8")), load_file(adapter / WEIGHTS)
+    root, heads = PROMPTS_ROOT if config["peft_type"] in PROMPTS else ROOT, head_tensors(model)[1]
+    for name, tensor in heads.items():
+        tensors.setdefault(root + name, tensor.detach().contiguous())
+    kept = {*(config.get("modules_to_save") or ()), *(name.rpartition(".")[0] for name in heads)}
+    config |= {BASE: str(base.resolve()), "modules_to_save": sorted(kept) or None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _nothing_to_import(path: Path) -> UserError:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lexmill.nn.dropout import keep_mask
 from lexmill.nn.layout import Packed
-from lexmill.nn.matmul import has_bf16
 from lexmill.nn.rule import Rule
 
 MAX_LENGTH = 256
@@ -200,16 +199,15 @@ class _Bucketed(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, dropout: float) -> Tensor:
         by_position = None if bias is None else bias.transpose(1, 2).contiguous()
         dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-        # Scores and their softmax are in float32; what is a sum over products of rounded numbers anyway is not.
-        narrow = dtype if dtype == torch.bfloat16 and has_bf16() else wide
+        # Products in bfloat16 are faster once made, but every new shape of a batch makes oneDNN build one.
         with torch.autocast("cpu", enabled=False):
             sides = ((plan.queries, q), (plan.keys, k), (plan.keys, v))
-            q, k, v = (cells.gather(x).to(narrow) for cells, x in sides)
+            q, k, v = (cells.gather(x).to(wide) for cells, x in sides)
             out = torch.empty_like(q)
             masks = iter(_keep_masks(plan, dropout, q.new_empty(0, dtype=wide)))
             weights: list[Tensor] = []
             dropped: list[Tensor] = []
-            parts = plan.by_query(q.to(wide)), plan.by_key(k.to(wide)), plan.by_key(v), plan.by_query(out)
+            parts = plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out)
             for bucket, (qs, ks, vs, outs) in zip(plan.buckets, zip(*parts, strict=True), strict=True):
                 for tile in bucket.tiles:
                     scores = _scaled(ks[:, : tile.keys], qs[:, tile.queries].transpose(1, 2), dim=qs.shape[-1])
@@ -220,7 +218,7 @@ class _Bucketed(torch.autograd.Function):
                         by_sequence.add_(_of(tile, by_position))
                     weights.append(scores.softmax(1))
                     seen = weights[-1] * next(masks) if dropout else weights[-1]
-                    dropped.append(seen.to(narrow))
+                    dropped.append(seen)
                     _put(outs, tile.queries, dropped[-1].transpose(1, 2), vs[:, : tile.keys])
         ctx.plan = plan
         ctx.like_bias = by_position if ctx.needs_input_grad[3] else None
@@ -253,12 +251,11 @@ class _Bucketed(torch.autograd.Function):
                 whole = covered and tile is bucket.tiles[0]
                 _put(to_vs, keys, seen, flows, onto=not whole)
                 # What flows into a score is its share of the flow into the weights, less its weight of all shares.
-                shares = torch.bmm(vs[:, keys], flows.transpose(1, 2)).to(w.dtype).mul_(seen)
+                shares = torch.bmm(vs[:, keys], flows.transpose(1, 2)).mul_(seen)
                 to_scores = torch.addcmul(shares, w, shares.sum(1, keepdim=True), value=-1)
                 if to_bias is not None:
                     by_sequence = to_scores.view(bucket.sequences, plan.heads, *to_scores.shape[1:])
                     _of(tile, to_bias).add_(by_sequence.sum(0))
-                to_scores = to_scores.to(seen.dtype)
                 _put(to_qs, tile.queries, to_scores.transpose(1, 2), ks[:, keys], scale=scale)
                 if asks_k:
                     _put(to_ks, keys, to_scores, asked, scale=scale, onto=not whole)

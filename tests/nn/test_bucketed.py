@@ -150,6 +150,9 @@ def test_training_takes_it_and_what_it_cannot_do_goes_elsewhere(monkeypatch):
     assert len(taken) == 2
     attend(q, q, q, long, long, causal=True, dropout=0.1)
     assert len(taken) == 3
+    half = q.detach().bfloat16().requires_grad_()
+    attend(half, half, half, long, long, causal=True, dropout=0.1)
+    assert len(taken) == 3
 
 
 def test_what_a_causal_query_cannot_see_is_not_computed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ PROMPTS_ROOT = "base_model."
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """Ways to begin a low-rank adapter that leave another matrix behind than the model's files hold."""
-_LATER = ("alora_invocation_tokens", "arrow_config")
-"""What lets an adapter act on some tokens or by some texts only."""
+_UNREPRESENTED = (
+    *("fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "use_qalora"),
+    *("alora_invocation_tokens", "arrow_config"),  # it acts on some tokens, or by some texts, only
+)
 TASKS = {"classifier": "SEQ_CLS", "token_classifier": "TOKEN_CLS", "lm": "CAUSAL_LM"}
 
 
@@ -150,21 +153,23 @@ def load_heads(model: Model, directory: Path) -> None:
 
 
 def task_of(directory: Path) -> str | None:
-    """What `peft` calls the task of an adapter; None where it is for none. Raises as `load_adapter`."""
-    return _read(directory)[0].get("task_type")
+    """What `peft` calls the task of an adapter; None where it is for none. Raises as `settings`."""
+    return settings(directory).get("task_type")
 
 
-def take_heads(model: Model, directory: Path) -> None:
-    """Let the head weights that stand beside an adapter be those that a head of the model is made from."""
-    family = families.find(model.family).prefix
-    for name, tensor in _heads(directory).items():
+def take_heads(model: Model, directory: Path) -> set[str]:
+    """Let the head weights that stand beside an adapter be those that a head of the model is made from; gives their
+    names."""
+    family, beside = families.find(model.family).prefix, _heads(directory)
+    for name, tensor in beside.items():
         inside = name.removeprefix(family)
         model.extras[name if inside == name else model.origin.prefix + inside] = tensor
+    return set(beside)
 
 
-def refuse_unplaced(model: Model, directory: Path) -> None:
-    """Raise a `UserError` where weights that stand beside an adapter are those of no head that the model has."""
-    for name in _heads(directory).keys() - head_tensors(model)[1].keys():
+def refuse_unplaced(model: Model, taken: Collection[str], directory: Path) -> None:
+    """Raise a `UserError` where weights that were taken from beside an adapter are those of no head of the model."""
+    for name in sorted(set(taken) - head_tensors(model)[1].keys()):
         hint = "only heads of the family's own form can stand beside an adapter"
         raise UserError(f"the tensor '{name}' has no place in the model", where=str(directory / WEIGHTS), hint=hint)
 
@@ -181,26 +186,32 @@ def _heads(directory: Path) -> dict[str, Tensor]:
     }
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def settings(directory: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says. A `UserError` where it cannot be read, or a setting is not of its kind."""
+    file = directory / CONFIG
     try:
-        config = json.loads((directory / CONFIG).read_text("utf-8"))
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(directory, error) from error
+    _refuse_odd(config, file)
+    return config
+
+
+def _unreadable(directory: Path, error: Exception) -> UserError:
+    return UserError(f"no readable adapter: {error}", where=str(directory), hint="give peft's directory")
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = settings(directory)
+    try:
         tensors = load_file(directory / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"no readable adapter: {error}", where=str(directory), hint="give peft's directory") from error
-    _refuse_odd(config, directory / CONFIG)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(directory, error) from error
     if config.get("peft_type") in PROMPTS:
         return config, tensors
     if config.get("peft_type") == "ADALORA":
         config, tensors = as_lora(config, tensors)
-    for key in (
-        "fan_in_fan_out",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layer_replication",
-        "use_qalora",
-        *_LATER,
-    ):
+    for key in _UNREPRESENTED:
         if config.get(key):
             raise UserError(f"{config[key]!r} cannot be represented", where=f"{directory / CONFIG}: {key}")
     begun = str(config.get("init_lora_weights", "")).lower()

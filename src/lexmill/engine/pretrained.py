@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+
+from tokenizers import Tokenizer
 
 from lexmill import models
 from lexmill.adapt import load_adapter, refuse_unplaced, take_heads, task_of
@@ -51,45 +54,42 @@ def load_pretrained(
         UserError: files are missing or broken or do not fit each other, or do not say enough to answer anybody.
     """
     model, tokenizer = models.load(directory), load_tokenizer(directory)
-    _refuse_unsaid(model, directory, adapter)
+    where, adapted = str(adapter or directory), None if adapter is None else task_of(adapter)
+    classes = model.origin.config.get("architectures")
+    called = [adapted] if adapted else list(map(str, classes)) if isinstance(classes, list) else []
+    if model.heads:
+        raise UserError("the model of an artefact, without its manifest", where=where, hint="copy all of it")
+    _refuse_unsaid(called, where)
     check_vocabulary(tokenizer, model.config.vocab_size, where=str(directory))
+    taken: Collection[str] = ()
     if adapter is not None:
         load_adapter(model, adapter)
-        take_heads(model, adapter)
-    headed = "output.weight" in model.spare("classifier") and (
-        adapter is None or task_of(adapter) != "FEATURE_EXTRACTION"
-    )
-    if not headed and any(name.endswith(_CLASSIFIES) for name in _named_by(model, adapter)):
-        raise UserError(
-            "the classification head is missing", where=str(adapter or directory), hint="copy all files again"
-        )
+        taken = take_heads(model, adapter)
+    headed = "output.weight" in model.spare("classifier") and adapted != "FEATURE_EXTRACTION"
+    if not headed and any(name.endswith(_CLASSIFIES) for name in called):
+        raise UserError("the classification head is missing", where=where, hint="copy all files again")
     if (labels or pairs) and not headed:
         what = "there is no classification head" + (" to name the labels of" if labels else " for pairs")
-        raise UserError(what, where=str(adapter or directory))
-    task = _headed(model, directory, labels, pairs=pairs) if headed else _headless(model, directory)
+        raise UserError(what, where=where)
+    task = _headed(model, directory, labels, pairs=pairs) if headed else _headless(model, directory, tokenizer)
     if adapter is not None:
-        refuse_unplaced(model, adapter)
+        refuse_unplaced(model, taken, adapter)
         if model.trunk.has_prompt and any(cast("ModelHead", head).pooling == "mean" for head in model.heads.values()):
-            raise UserError("peft takes the mean over a prompt too, and here only texts are", where=str(adapter))
+            raise UserError("peft takes the mean over a prompt too, and here only texts are", where=where)
     return Loaded(task, model.eval(), tokenizer, directory.resolve().name, path=directory)
 
 
-def _named_by(model: Model, adapter: Path | None) -> list[str]:
-    """What the files call what the model does: the task of an adapter, else the classes of `transformers`."""
-    said = None if adapter is None else task_of(adapter)
-    classes = model.origin.config.get("architectures")
-    return [str(said)] if said else [str(name) for name in classes] if isinstance(classes, list) else []
+def _refuse_unsaid(called: Sequence[str], where: str) -> None:
+    """Raise a `UserError` where a head does what nobody can do without knowing more than the files say.
 
-
-def _refuse_unsaid(model: Model, directory: Path, adapter: Path | None) -> None:
-    """Raise a `UserError` where a head does what nobody can do without knowing more than the files say."""
-    if model.heads:
-        raise UserError("the model of an artefact, without its manifest", where=str(directory), hint="copy all of it")
-    for name in _named_by(model, adapter):
+    Args:
+        called: what the files call what the model does: the task of an adapter, else the classes of `transformers`.
+    """
+    for name in called:
         for end, (unsaid, task) in _UNSAID.items():
             if name.endswith(end):
                 hint = f"make an artefact of it with: lexmill fit DATA --task {task} --model DIR"
-                raise UserError(f"the directory does not say {unsaid}", where=str(adapter or directory), hint=hint)
+                raise UserError(f"the directory does not say {unsaid}", where=where, hint=hint)
 
 
 def _headed(model: Model, directory: Path, labels: Sequence[str], *, pairs: bool) -> Task:
@@ -121,37 +121,34 @@ def _named(stored: Mapping[str, Any], outputs: int, given: Sequence[str]) -> tup
     known = stored if len(stored) == outputs else {}
     names = tuple(given) or tuple(str(known.get(str(index), f"LABEL_{index}")) for index in range(outputs))
     if len(set(names)) < outputs:
-        where, hint = (
-            "--labels" if given else "id2label of config.json",
-            "give each class a name of its own by --labels",
-        )
-        raise UserError("two classes have one name", where=where, hint=hint)
+        where = "--labels" if given else "id2label of config.json"
+        raise UserError("two classes have one name", where=where, hint="give each a name of its own by --labels")
     return names
 
 
-def _headless(model: Model, directory: Path) -> Task:
+def _headless(model: Model, directory: Path, tokenizer: Tokenizer) -> Task:
     """A task that needs nothing beyond what pretraining leaves."""
     if model.trunk.sides > 1:
         hint = "make an artefact of it with: lexmill fit DATA --task seq2seq --model DIR"
         raise UserError("the directory does not say what its decoder is to write", where=str(directory), hint=hint)
     task = find("generate" if model.config.causal else "embed")
-    defaults = dict(task.defaults(directory))
-    stored = read_config(task.Options, stored=defaults).value
-    changes: dict[str, Any] = {"max_length": min(stored.max_length, model.trunk.max_tokens)}
-    if model.config.causal and (end := _end_token(directory)) is not None:
-        changes["end_token"] = load_tokenizer(directory).id_to_token(end)
-    found = task.from_records([], {"text": "text"}, read_config(task.Options, stored={**defaults, **changes}).value)
+    options = read_config(task.Options, stored=dict(task.defaults(directory))).value
+    changes: dict[str, Any] = {"max_length": min(options.max_length, model.trunk.max_tokens)}
+    if model.config.causal and (end := _end_token(model, directory)) is not None:
+        changes["end_token"] = tokenizer.id_to_token(end)
+    found = task.from_records([], {"text": "text"}, replace(options, **changes))
     found.attach(model)
     return found
 
 
-def _end_token(directory: Path) -> int | None:
+def _end_token(model: Model, directory: Path) -> int | None:
     """The token that ends what the model says, as its files have it; the first of several."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            said = json.loads((directory / name).read_text("utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
+    try:
+        generation = json.loads((directory / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        generation = None
+    for config in (generation, model.origin.config):
+        said = config.get("eos_token_id") if isinstance(config, dict) else None
         first = said[0] if isinstance(said, list) and said else said
         if isinstance(first, int):
             return first

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lexmill import models
 from lexmill.adapt import ADAPTER, merge
-from lexmill.adapt.peft import BASE, CONFIG, PROMPTS, PROMPTS_ROOT, ROOT, WEIGHTS
+from lexmill.adapt.peft import BASE, CONFIG, PROMPTS, PROMPTS_ROOT, ROOT, WEIGHTS, settings
 from lexmill.artifact import Artifact, Manifest, TaskRecord, Transform, create, is_huggingface, render_card
 from lexmill.engine import load_pretrained
 from lexmill.engine.files import environment, write_model
@@ -76,21 +76,16 @@ def import_pretrained(
 def _base_of(adapter: Path, base: str | None) -> Path:
     if base is not None:
         return model_directory(base)
-    file = adapter / CONFIG
-    try:
-        config: Any = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), hint="give peft's directory") from error
-    said = config.get(BASE) if isinstance(config, dict) else None
+    said = settings(adapter).get(BASE)
     if not isinstance(said, str) or not Path(said).is_dir():
         hint = "name the directory of the model that it was trained on: --base DIR"
-        raise UserError(f"the model of the adapter is not at '{said}'", where=str(file), hint=hint)
+        raise UserError(f"the model of the adapter is not at '{said}'", where=str(adapter / CONFIG), hint=hint)
     return Path(said)
 
 
 def _keep(adapter: Path, base: Path, model: Model, folder: Path) -> None:
     """Copy an adapter's files, with where its model is now, and all of the heads."""
-    config, tensors = json.loads((adapter / CONFIG).read_text("utf-8")), load_file(adapter / WEIGHTS)
+    config, tensors = settings(adapter), load_file(adapter / WEIGHTS)
     root, heads = PROMPTS_ROOT if config["peft_type"] in PROMPTS else ROOT, head_tensors(model)[1]
     for name, tensor in heads.items():
         tensors.setdefault(root + name, tensor.detach().contiguous())

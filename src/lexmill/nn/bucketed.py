@@ -201,14 +201,13 @@ class _Bucketed(torch.autograd.Function):
         dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
         # Products in bfloat16 are faster once made, but every new shape of a batch makes oneDNN build one.
         with torch.autocast("cpu", enabled=False):
-            sides = ((plan.queries, q), (plan.keys, k), (plan.keys, v))
-            q, k, v = (cells.gather(x).to(wide) for cells, x in sides)
+            q, k, v = (cells.gather(x).to(wide) for cells, x in ((plan.queries, q), (plan.keys, k), (plan.keys, v)))
             out = torch.empty_like(q)
-            masks = iter(_keep_masks(plan, dropout, q.new_empty(0, dtype=wide)))
+            masks = iter(_keep_masks(plan, dropout, q))
             weights: list[Tensor] = []
             dropped: list[Tensor] = []
-            parts = plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out)
-            for bucket, (qs, ks, vs, outs) in zip(plan.buckets, zip(*parts, strict=True), strict=True):
+            sides = zip(plan.by_query(q), plan.by_key(k), plan.by_key(v), plan.by_query(out), strict=True)
+            for bucket, (qs, ks, vs, outs) in zip(plan.buckets, sides, strict=True):
                 for tile in bucket.tiles:
                     scores = _scaled(ks[:, : tile.keys], qs[:, tile.queries].transpose(1, 2), dim=qs.shape[-1])
                     by_sequence = scores.view(bucket.sequences, plan.heads, *scores.shape[1:])
@@ -217,8 +216,7 @@ class _Bucketed(torch.autograd.Function):
                     if by_position is not None:
                         by_sequence.add_(_of(tile, by_position))
                     weights.append(scores.softmax(1))
-                    seen = weights[-1] * next(masks) if dropout else weights[-1]
-                    dropped.append(seen)
+                    dropped.append(weights[-1] * next(masks) if dropout else weights[-1])
                     _put(outs, tile.queries, dropped[-1].transpose(1, 2), vs[:, : tile.keys])
         ctx.plan = plan
         ctx.like_bias = by_position if ctx.needs_input_grad[3] else None
